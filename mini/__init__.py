@@ -1,0 +1,4 @@
+"""BERT and GPT written by hand in PyTorch. Start reading at transformer.py."""
+
+from mini.config import ModelConfig as ModelConfig
+from mini.gpt import GPT as GPT

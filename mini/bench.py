@@ -1,0 +1,102 @@
+"""The project's own side of its speed figures, measured by running the real loop and the real generate()."""
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mini import runs, tasks
+from mini.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, option
+from mini.data import LMWindows
+from mini.gpt import GPT
+from mini.report import matmul_speed, synchronize
+from mini.tokenizer import ByteTokenizer
+from mini.tokens import TokenFile
+from mini.train import World, pick_dtype, train
+
+
+@dataclass
+class BenchOptions:
+    """Measure training and generation speed. The sizes of the model are flags; the text is random."""
+
+    what: str = option("all", "train, generate, or all", ("all", "train", "generate"))
+    batch_size: int = option(8, "sequences of a training step")
+    steps: int = option(40, "training steps; the first quarter warms up")
+    batches: str = option("1,8", "batch sizes to generate with")
+    new_tokens: int = option(128, "tokens to generate greedily for each prompt")
+    repeats: int = option(5, "generations, of which the median counts")
+    optimizer: str = option("adamw", "of the training", ("adamw", "muon"))
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    dtype: str = option("auto", "as in training", ("auto", "bfloat16", "float32"))
+    compile: str = option("true", "torch.compile", ("true", "false"))
+
+
+def run(options: BenchOptions, config: ModelConfig, given: set[str]) -> None:
+    """Prints a line for each figure, then all of them as one JSON object."""
+    world = World(options.device)
+    dtype = pick_dtype(options.dtype, world.device)
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
+    speed = matmul_speed(world.device, dtype)
+    figures = {
+        "device": f"{world.device} ({name}, {torch.get_num_threads()} threads)",
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "matmul_gflops": round(speed / 1e9),
+    }
+    world.say(", ".join(f"{key} {value}" for key, value in figures.items()))
+    if options.what in ("all", "train"):
+        figures["train_tokens_per_s"] = training_speed(options, config, world)
+        world.say(f"training: {figures['train_tokens_per_s']:,.0f} tokens/s")
+    if options.what in ("all", "generate"):
+        for batch in (int(b) for b in options.batches.split(",")):
+            figures[f"generate_tokens_per_s_batch_{batch}"] = rate = generation_speed(
+                options, config, batch, dtype, world
+            )
+            world.say(f"generation, batch {batch}: {rate:,.0f} tokens/s")
+    print(json.dumps(figures))
+
+
+def training_speed(options: BenchOptions, config: ModelConfig, world: World) -> float:
+    """Median tokens/s of the loop's own log lines after the warm-up."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config.vocab_size, (options.steps * options.batch_size + 1) * config.max_len)
+    none = np.zeros(1, dtype=np.uint64)
+    file = TokenFile(ids.astype(np.uint32), none, none, len(ids), "")
+    valid = replace(file, tokens=file.tokens[: config.max_len + 1])
+    tokenizer = ByteTokenizer()
+    tokenizer.byte_lengths = np.ones(config.vocab_size, dtype=np.int64)  # bits per byte mean nothing here
+    task = tasks.LanguageModelling(LMWindows(file, valid, tokenizer, config.max_len, seed=0), tokenizer)
+    training = TrainConfig(
+        steps=options.steps, batch_size=options.batch_size, device=options.device, dtype=options.dtype,
+        compile=options.compile, eval_every=0, sample_every=0, checkpoint_every=0, log_every=5,
+    )  # fmt: skip
+    optim = OptimConfig(optimizer=options.optimizer, lr=1e-3)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        run_config = runs.RunConfig("gpt", "lm", config, DataConfig(), optim, training)
+        train(GPT(config), task, run_config, Path(folder), world)
+        rows = runs.read_metrics(Path(folder))
+    return statistics.median(r["tokens_per_s"] for r in rows if r["step"] > options.steps // 4)
+
+
+def generation_speed(options: BenchOptions, config: ModelConfig, batch: int, dtype: torch.dtype, world: World) -> float:
+    """New tokens per second over the whole batch, greedy, with the cache, the weights stored in dtype."""
+    if config.max_len < options.new_tokens + 8:
+        raise UserError(f"--new_tokens {options.new_tokens} and a prompt of 8 do not fit --max_len {config.max_len}")
+    torch.manual_seed(0)
+    model = GPT(config).to(world.device, dtype).eval()
+    prompt = torch.randint(config.vocab_size, (batch, 8), device=world.device)
+    times = []
+    for _ in range(1 + options.repeats):
+        synchronize(world.device)
+        start = time.perf_counter()
+        model.generate(prompt, options.new_tokens, compile=options.compile == "true")
+        synchronize(world.device)
+        times.append(time.perf_counter() - start)
+    return batch * options.new_tokens / statistics.median(times[1:])

@@ -1,0 +1,348 @@
+"""Everything a user can set, as dataclasses: each field is a flag, a line of --help and a key of config.json.
+
+An idea for an ablation is a field of ModelConfig and the place in transformer.py that reads it.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+class UserError(Exception):
+    """A user's mistake or a broken input: shown as one line, exit status 2, no traceback."""
+
+
+def option(default, help: str, choices: tuple[str, ...] = (), **extra):
+    """A dataclass field with its line of --help.
+
+    extra: flag=False is no flag, resume=True may differ when a run goes on, positional="1" or "+" has no --name.
+    """
+    metadata = {"help": help, "choices": choices, **extra}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    """The model. A GPT and a BERT differ in these values only; the defaults are GPT-2's ways, small."""
+
+    n_layers: int = option(6, "number of blocks")
+    n_heads: int | list[int] = option(6, "attention heads; one number, or one for each layer: 6,6,4")
+    n_kv_heads: int = option(0, "key/value heads, each shared by n_heads/n_kv_heads queries; 0: n_heads")
+    d_model: int = option(384, "width of the residual stream (C)")
+    d_head: int = option(0, "width of a head (D); 0: d_model / n_heads")
+    d_ff: int | list[int] = option(0, "hidden width of the MLP, or one for each layer; 0: 4 d_model")
+    max_len: int = option(256, "longest context in tokens (T)")
+    vocab_size: int = option(4096, "tokens of a trained BPE; any other tokenizer sets it")
+    vocab_multiple: int = option(1, "pad the embedding's rows to a multiple (64 is fast on GPUs); same loss")
+    norm: str = option("layernorm", "normalisation", ("layernorm", "rmsnorm"))
+    norm_place: str = option("pre", "norm before each sublayer (GPT-2) or after its sum (BERT)", ("pre", "post"))
+    norm_eps: float = option(1e-5, "epsilon of the normalisation")
+    positions: str = option("learned", "position encoding", ("learned", "rope", "sinusoidal", "none"))
+    rope_base: float = option(10000.0, "longest wavelength of RoPE, divided by 2 pi, in tokens")
+    activation: str = option("gelu_tanh", "nonlinearity of the MLP", ("gelu", "gelu_tanh", "relu2", "swiglu"))
+    qk_norm: bool = option(False, "normalise each query and key head (RMS) before their product")
+    bias: bool = option(True, "biases in linear layers and LayerNorms")
+    tied: bool = option(True, "the output head is the token embedding")
+    zero_init: bool = option(False, "start the residual projections (and an untied head) at zero")
+    logit_softcap: float = option(0.0, "c tanh(logits / c); 0: off")
+    dropout: float = option(0.0, "dropout of embeddings, attention weights and sublayer outputs")
+    attention: str = option(
+        "auto", "the written-out equations, PyTorch's fused call, or the faster", ("auto", "reference", "fused")
+    )
+    causal: bool = option(True, "a token sees only itself and what is before it", flag=False)
+    n_classes: int = option(0, "classes of a classification head; 0: none", flag=False)
+
+    def __post_init__(self):
+        check_choices(self)
+        for name in ("n_layers", "d_model", "max_len", "vocab_size", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("n_heads", "d_ff"):
+            values = getattr(self, name)
+            if isinstance(values, list) and len(values) != self.n_layers:
+                raise UserError(f"--{name} lists {len(values)} values for {self.n_layers} layers: give one for each")
+            if min(self.layers(name)) < (1 if name == "n_heads" else 0):
+                raise UserError(f"--{name} {values}: must be at least 1")
+        if not self.d_head:
+            if isinstance(self.n_heads, list):
+                raise UserError("--n_heads differs between layers: give the width of a head with --d_head")
+            if self.d_model % self.n_heads:
+                raise UserError(f"--d_model {self.d_model} is not divisible by --n_heads {self.n_heads}")
+        for heads in self.layers("n_heads"):
+            if self.n_kv_heads and heads % self.n_kv_heads:
+                raise UserError(f"--n_heads {heads} is not divisible by --n_kv_heads {self.n_kv_heads}")
+        if self.positions == "rope" and self.head_size % 2:
+            raise UserError(f"--positions rope needs an even head width, not {self.head_size}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout {self.dropout}: must be at least 0 and below 1")
+
+    def layers(self, name: str) -> list[int]:
+        """The value of a per-layer field (n_heads, d_ff) for each layer."""
+        value = getattr(self, name)
+        return value if isinstance(value, list) else [value] * self.n_layers
+
+    @property
+    def head_size(self) -> int:
+        return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def ff_sizes(self) -> list[int]:
+        # SwiGLU has three matrices instead of two: 8/3 of d_model keeps the parameters (Shazeer 2020, §2).
+        gated = (8 * self.d_model // 3 + 63) // 64 * 64
+        return [d or (gated if self.activation == "swiglu" else 4 * self.d_model) for d in self.layers("d_ff")]
+
+
+@dataclass
+class RunOptions:
+    """What to do, from what, and where the result goes."""
+
+    task: str = option("lm", "lm: predict text; classify: tell a text's label; pairs: answer a prompt")
+    init: str | None = option(None, "a run, or a folder with published weights, to start from")
+    out: str = option("", "the run folder; the same command goes on with an unfinished one")
+    overwrite: bool = option(False, "delete the run in --out and begin anew")
+
+
+@dataclass
+class DataConfig:
+    """Where text comes from and how it becomes tokens."""
+
+    data: str = option("python-docs", "text, .jsonl, .gz of either, a folder, a token folder, a known corpus")
+    train: str | None = option(None, "labelled training file of --task classify or pairs")
+    valid: str | None = option(None, "validation file; without one, the end of --data is held out")
+    valid_fraction: float = option(0.1, "share of --data held out for validation")
+    separator: str | None = option(None, "a string that ends a document in a text file, such as <|endoftext|>")
+    errors: str = option("strict", "bytes that are not UTF-8: refuse, or replace", ("strict", "replace"))
+    tokenizer: str = option("bpe", "bpe (train one), bytes, gpt2, a .tiktoken file, or a run")
+
+    def __post_init__(self):
+        check_choices(self)
+        if not 0 < self.valid_fraction < 1:
+            raise UserError(f"--valid_fraction {self.valid_fraction}: must lie between 0 and 1")
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its schedule."""
+
+    optimizer: str = option("muon", "Muon for the hidden matrices and AdamW for the rest, or AdamW", ("muon", "adamw"))
+    lr: float = option(0.02, "peak learning rate (with Muon: of the hidden matrices)")
+    embed_lr: float = option(0.0, "AdamW's for embeddings; 0: lr, with Muon lr / 2")
+    head_lr: float = option(0.0, "AdamW's for an untied head, norms and biases; 0: lr, with Muon lr / 4")
+    schedule: str = option("trapezoidal", "shape after the warm-up", ("trapezoidal", "cosine", "linear", "constant"))
+    warmup: float = option(0.02, "warm-up: share of the steps, or their number if 1 or more")
+    cooldown: float = option(0.5, "share of the steps in which a trapezoidal schedule falls")
+    min_lr: float = option(0.0, "learning rate at the end, as a share of the peak")
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices and embeddings")
+    beta1: float = option(0.9, "AdamW's first-moment decay")
+    beta2: float = option(0.95, "AdamW's second-moment decay")
+    momentum: float = option(0.95, "Muon's momentum")
+    clip: float = option(1.0, "largest gradient norm; 0: no clipping")
+
+    def __post_init__(self):
+        check_choices(self)
+
+
+@dataclass
+class TrainConfig:
+    """The loop. Fields marked resume may differ when an unfinished run goes on; they do not touch the result."""
+
+    steps: int = option(1000, "optimizer steps")
+    epochs: float = option(0.0, "passes over the training data, instead of --steps")
+    batch_size: int = option(16, "global batch in sequences, over all ranks and accumulated parts")
+    accumulation: int = option(1, "parts into which each rank cuts its share of the batch")
+    seed: int = option(1, "seed of weights, order and dropout")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    dtype: str = option(
+        "auto", "of matrix products; auto: bfloat16 where the hardware multiplies it", ("auto", "bfloat16", "float32")
+    )
+    compile: str = option("auto", "torch.compile; auto: where it pays", ("auto", "true", "false"))
+    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory")
+    eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch")
+    eval_tokens: int = option(0, "validation tokens used by evaluations before the last; 0: all")
+    log_every: int = option(10, "steps between lines of metrics.jsonl", resume=True)
+    sample_every: int = option(250, "steps between printed samples; 0: never", resume=True)
+    checkpoint_every: int = option(250, "steps between checkpoints; 0: at the end only", resume=True)
+    keep: int = option(2, "checkpoints kept", resume=True)
+
+    def __post_init__(self):
+        check_choices(self)
+        for name in ("steps", "batch_size", "accumulation", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("epochs", "eval_every", "sample_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+
+
+# ---------------------------------------------------------------- presets: name -> flags
+# A modern small recipe, kept together because its parts were tuned together.
+MODERN = dict(
+    norm="rmsnorm", positions="rope", activation="relu2", qk_norm=True, bias=False, tied=False, zero_init=True
+)  # fmt: skip
+# GPT-2's ways (Radford et al. 2019) with the training values of nanoGPT's reproduction.
+GPT2 = dict(
+    max_len=1024, vocab_size=50257, tokenizer="gpt2", optimizer="adamw", lr=6e-4, beta2=0.95, weight_decay=0.1,
+    schedule="cosine", warmup=700, min_lr=0.1, batch_size=480, accumulation=5, steps=100_000, eval_every=1000,
+    checkpoint_every=1000,
+)  # fmt: skip
+PRESETS: dict[str, dict] = {
+    "laptop": dict(MODERN, n_layers=6, n_heads=4, d_model=256, max_len=256, vocab_size=4096, steps=600),
+    "char": dict(
+        MODERN, n_layers=4, n_heads=4, d_model=128, max_len=64, tokenizer="bytes", data="tinyshakespeare",
+        batch_size=12, steps=2000, eval_every=500,
+    ),
+    "gpt2": dict(GPT2, n_layers=12, n_heads=12, d_model=768),
+    "gpt2-medium": dict(GPT2, n_layers=24, n_heads=16, d_model=1024, lr=3e-4),
+    "gpt2-large": dict(GPT2, n_layers=36, n_heads=20, d_model=1280, lr=2.5e-4),
+    "gpt2-xl": dict(GPT2, n_layers=48, n_heads=25, d_model=1600, lr=2e-4),
+}  # fmt: skip
+
+
+def model_preset(name: str) -> ModelConfig:
+    """The ModelConfig of a preset, for use from Python: GPT(model_preset("gpt2"))."""
+    return from_dict(ModelConfig, {k: v for k, v in PRESETS[name].items() if k in field_names(ModelConfig)})
+
+
+# ---------------------------------------------------------------- dataclasses <-> JSON and command line
+def field_names(cls) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def from_dict(cls, values: dict):
+    """A dataclass from config.json's object; a key it does not know is an error, a missing one has its default."""
+    unknown = sorted(set(values) - field_names(cls))
+    if unknown:
+        raise UserError(f"unknown {cls.__name__} fields {', '.join(unknown)}: was this run made by a newer version?")
+    return cls(**values)
+
+
+def check_choices(config) -> None:
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}")
+
+
+def nearest(name: str, names) -> str:
+    """' (did you mean X?)', or nothing when no name is close."""
+    close = difflib.get_close_matches(name, sorted(names), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def parse_value(name: str, text: str | list[str], kind):
+    """A flag's text as its field's type, which is one of int, float, bool, str, a list of ints, or None."""
+    if isinstance(text, list):  # a positional argument with several values
+        return text
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    try:
+        if list[int] in options and "," in text:
+            return [int(part) for part in text.split(",")]
+        if bool in options:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if int in options:
+            number = float(text) if "e" in text.lower() else int(text)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        return float(text) if float in options else text
+    except (ValueError, KeyError, OverflowError):
+        wanted = "true or false" if bool in options else "a whole number" if int in options else "a number"
+        raise UserError(f"--{name} {text}: expected {wanted}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but its complaints are UserErrors and name the flag that was probably meant."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
+
+    def refuse_unknown(self, unknown: list[str]) -> None:
+        known = {flag for action in self._actions for flag in action.option_strings}
+        for word in unknown:
+            if word.startswith("-"):
+                flag = word.split("=")[0]
+                raise UserError(f"unknown flag {flag}{nearest(flag, known)}; see --help")
+        if unknown:
+            raise UserError(f"unexpected argument {unknown[0]!r}; see --help")
+
+
+def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
+    """One flag for each field of a dataclass, in a group of its own, its default shown."""
+    group = parser.add_argument_group(cls.__name__.removesuffix("Config").lower(), cls.__doc__.splitlines()[0])
+    for f in dataclasses.fields(cls):
+        if not f.metadata.get("flag", True):
+            continue
+        default = defaults.get(f.name, f.default)
+        shown = str(default).lower() if isinstance(default, bool) else default
+        help = f.metadata["help"].replace("%", "%%")
+        if nargs := f.metadata.get("positional"):  # "1" or, as in argparse, "+" for one or more
+            group.add_argument(f.name, metavar=f.name.upper(), nargs=None if nargs == "1" else nargs, help=help)
+            continue
+        metavar = "|".join(f.metadata["choices"]) or _metavar(f.type)
+        group.add_argument(f"--{f.name}", metavar=metavar, help=f"{help} [{shown}]", default=argparse.SUPPRESS)
+
+
+def _metavar(kind) -> str:
+    names = {int: "N", float: "X", bool: "true|false", str: "S"}
+    options = typing.get_args(kind) or (kind,)
+    return names.get(options[0], "S")
+
+
+def peek(argv: list[str], name: str, default: str) -> str:
+    """The value of one flag, for what has to be known before the others make sense."""
+    parser = Parser(allow_abbrev=False, add_help=False)
+    parser.add_argument(f"--{name}", default=default)
+    return getattr(parser.parse_known_args(argv)[0], name)
+
+
+def parse_flags(argv: list[str], classes: list, description: str, preset: str | None = None, **defaults):
+    """Reads a command line into dataclasses: the fields' defaults < preset < defaults < flags.
+
+    Returns ([one object for each class], the names of the flags that were given).
+    Raises UserError for anything unknown or misspelt, naming the nearest flag.
+    """
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=_formatter)
+    if preset is not None:
+        parser.add_argument("--preset", metavar="NAME", default=preset, help=f"{', '.join(PRESETS)} [{preset}]")
+        name = peek(argv, "preset", preset)
+        if name not in PRESETS:
+            raise UserError(f"unknown preset {name}{nearest(name, PRESETS)}: choose one of {', '.join(PRESETS)}")
+        defaults = PRESETS[name] | defaults
+    for cls in classes:
+        add_flags(parser, cls, defaults)
+    known, unknown = parser.parse_known_args(argv)
+    parser.refuse_unknown(unknown)
+
+    given = {name: text for name, text in vars(known).items() if name != "preset"}
+    objects = []
+    for cls in classes:
+        values = {name: value for name, value in defaults.items() if name in field_names(cls)}
+        for f in dataclasses.fields(cls):
+            if f.name in given:
+                values[f.name] = parse_value(f.name, given[f.name], f.type)
+        objects.append(cls(**values))
+    return objects, set(given)
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=34, width=118)
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Runs a command on sys.argv; a user's mistake becomes one line and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,254 @@
+"""GPT: the stack, a head that predicts the next token, and generation with a key/value cache."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mini.config import ModelConfig, UserError
+from mini.storage import load_published, load_weights
+from mini.transformer import KVCache, Transformer
+
+
+class GPT(nn.Module):
+    """Decoder-only language model (Radford et al. 2019); with n_classes, a classifier of texts as well."""
+
+    kind = "gpt"
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.stack = Transformer(config)
+        rows = self.stack.tokens.num_embeddings
+        self.head = nn.Linear(config.d_model, rows, bias=False)
+        if config.tied:
+            self.head.weight = self.stack.tokens.weight
+        elif config.zero_init:  # every token equally likely at first: the loss starts at ln V
+            nn.init.zeros_(self.head.weight)
+        else:
+            nn.init.normal_(self.head.weight, std=0.02)
+        self.classifier = None
+        if config.n_classes:
+            self.classifier = nn.Linear(config.d_model, config.n_classes)
+            nn.init.normal_(self.classifier.weight, std=0.02)
+            nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) int64 -> logits (B, T, V): position t scores token t + 1."""
+        return self.logits(self.stack(tokens))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V)"""
+        logits = self.head(hidden)[..., : self.config.vocab_size]  # without the rows of vocab_multiple
+        if self.config.logit_softcap:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        return logits
+
+    def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """tokens (B, T) padded at the right to lengths (B,) -> class logits (B, n_classes).
+
+        The last real token is the one that has seen the whole text (Radford et al. 2018, §3.2).
+        """
+        hidden = self.stack(tokens)  # (B, T, C)
+        last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, C)
+        return self.classifier(last)
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Summed next-token cross-entropy in nats; targets (B, T), -100 where nothing is to be predicted."""
+        logits = self(tokens).float()  # (B, T, V)
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")}
+
+    def classification_loss(self, tokens: Tensor, lengths: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Summed cross-entropy in nats of the labels (B,)."""
+        return {"loss": F.cross_entropy(self.classify(tokens, lengths).float(), labels, reduction="sum")}
+
+    # ------------------------------------------------------------ generation
+    def generate(self, tokens: Tensor, max_new_tokens: int = 64, **options) -> Tensor:
+        """(B, T) int64 -> (B, T + n) with up to max_new_tokens new ones; see stream() for the options.
+
+        With lengths, row b is its prompt of lengths[b] tokens, then its new ones, then filling.
+        """
+        lengths = options.get("lengths")
+        B, T = tokens.shape
+        ends = torch.full((B,), T) if lengths is None else lengths.cpu()
+        out = F.pad(tokens, (0, max_new_tokens))  # (B, T + max_new_tokens)
+        rows, n = torch.arange(B), 0
+        for n, new in enumerate(self.stream(tokens, max_new_tokens, **options), 1):
+            out[rows, ends + n - 1] = new
+        return out[:, : T + n]
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int = 64,
+        *,
+        lengths: Tensor | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: Sequence[int] = (),
+        use_cache: bool = True,
+        generator: torch.Generator | None = None,
+        compile: bool = False,
+    ) -> Iterator[Tensor]:
+        """Yields the next token of every row, (B,), until max_new_tokens or until all rows have stopped.
+
+        tokens (B, T): prompts; lengths (B,): their real lengths where they are padded at the right.
+        temperature 0 is greedy. stop: tokens that end a row; it then repeats stop[0].
+        use_cache=False recomputes everything for each token and gives the same tokens. Once a row is longer than
+        max_len, the model sees its last max_len tokens; since that moves every token to another position, the
+        cache no longer holds and each further token costs a whole forward pass.
+        compile=True compiles the single-token step: worth its seconds from some thousands of tokens on.
+        """
+        if tokens.ndim != 2 or tokens.numel() == 0:
+            raise UserError("the prompt has no tokens: give at least one")
+        B, device, max_len = len(tokens), tokens.device, self.config.max_len
+        if lengths is None:
+            lengths = torch.full((B,), tokens.size(1), device=device)
+        if int(lengths.min()) < 1:
+            raise UserError(f"prompt {int(lengths.argmin())} has no tokens: give at least one")
+        rows = torch.arange(B, device=device)
+        text = F.pad(tokens, (0, max_new_tokens))  # each row: prompt, new tokens, filling
+        ends, longest = lengths.clone(), int(lengths.max())
+        stopped = torch.zeros(B, dtype=torch.bool, device=device)
+        stops = torch.tensor(list(stop), dtype=torch.long, device=device)
+
+        step, cache = self._step, None
+        if use_cache and longest < max_len:
+            slots = min(max_len, longest + max_new_tokens)
+            cache = KVCache(self.config, B, slots, device, self.head.weight.dtype)
+            if compile:  # one shape for all steps
+                step = torch.compile(self._step, mode="max-autotune-no-cudagraphs" if device.type == "cuda" else None)
+
+        new = None
+        for _ in range(max_new_tokens):
+            if cache is not None and longest <= max_len:
+                if new is None:  # the whole prompt at once; filling after a short prompt is overwritten later
+                    cache.length = longest
+                    positions = torch.arange(longest, device=device).expand(B, -1)  # (B, T)
+                    hidden = self.stack(text[:, :longest], positions=positions, cache=cache)  # (B, T, C)
+                    logits = self.logits(hidden[rows, ends - 1])  # (B, V)
+                else:
+                    cache.length = slots if compile else longest
+                    logits = step(new[:, None], ends[:, None] - 1, cache)
+            else:
+                logits = self._window(text, ends)
+            new = choose(logits.float(), temperature, top_k, top_p, generator)  # (B,)
+            if len(stops):
+                new = torch.where(stopped, stops[0], new)
+                stopped |= torch.isin(new, stops)
+            text[rows, ends] = new
+            ends += 1
+            longest += 1
+            yield new
+            if len(stops) and bool(stopped.all()):
+                return
+
+    def _step(self, new: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """new (B, 1) at positions (B, 1) -> logits (B, V) of what follows."""
+        return self.logits(self.stack(new, positions=positions, cache=cache)[:, -1])
+
+    def _window(self, text: Tensor, ends: Tensor) -> Tensor:
+        """The logits (B, V) after each row's last max_len tokens, without a cache; text (B, T), ends (B,)."""
+        starts = (ends - self.config.max_len).clamp(min=0)
+        width = int((ends - starts).max())
+        places = (starts[:, None] + torch.arange(width, device=text.device)).clamp(max=text.size(1) - 1)
+        hidden = self.stack(text.gather(1, places))  # (B, width, C)
+        return self.logits(hidden[torch.arange(len(text), device=text.device), ends - starts - 1])
+
+    # ------------------------------------------------------------ size
+    def num_params(self) -> int:
+        """Parameters, without the rows that vocab_multiple adds."""
+        extra = (self.stack.tokens.num_embeddings - self.config.vocab_size) * self.config.d_model
+        return sum(p.numel() for p in self.parameters()) - extra * (1 if self.config.tied else 2)
+
+    # ------------------------------------------------------------ published weights
+    @classmethod
+    def from_published(cls, folder: str | Path) -> "GPT":
+        """A GPT-2 from a folder with config.json and model.safetensors or pytorch_model.bin, in GPT-2's names.
+
+        Raises UserError naming missing, extra and misshapen tensors, and settings that this GPT does not have.
+        """
+        published, tensors = load_published(folder)
+        model = cls(published_config(published, folder))
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        renamed = {}
+        for name, tensor in tensors.items():
+            if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, stored by old versions
+                continue
+            if name.startswith("h."):
+                layer, rest = name.removeprefix("h.").split(".", 1)
+                for theirs, ours in PUBLISHED_NAMES.items():
+                    rest = rest.replace(theirs, ours)
+                if tensor.ndim == 2:  # published as (in, out), for x @ W
+                    tensor = tensor.t()
+                renamed[f"stack.blocks.{layer}.{rest}"] = tensor
+            else:
+                top = {"wte.weight": "stack.tokens.weight", "wpe.weight": "stack.positions.weight"}
+                ours = top.get(name, name.replace("ln_f.", "stack.norm.").replace("lm_head.", "head."))
+                renamed[ours] = tensor
+        if model.config.tied:  # some files hold the shared matrix twice
+            renamed.pop("head.weight", None)
+        load_weights(model, renamed, folder)
+        return model
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """(B, V) -> (B,): the likeliest token, or one drawn from the softmax of logits / temperature.
+
+    top_k keeps the k likeliest; top_p the fewest whose probabilities sum to p (Holtzman et al. 2020, §3.1).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None:
+        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    if top_p is not None:
+        ordered, order = logits.sort(descending=True)  # (B, V)
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities  # the mass of likelier tokens
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, float("-inf"))
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+# ---------------------------------------------------------------- GPT-2's published names and settings
+PUBLISHED_NAMES = {
+    "attn.c_attn.": "attention.qkv.",
+    "attn.c_proj.": "attention.out.",
+    "mlp.c_fc.": "mlp.up.",
+    "mlp.c_proj.": "mlp.down.",
+    "ln_1.": "norm1.",
+    "ln_2.": "norm2.",
+}
+PUBLISHED_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+def published_config(published: dict, folder: str | Path) -> ModelConfig:
+    """GPT-2's config.json as a ModelConfig."""
+    if published.get("model_type", "gpt2") != "gpt2" or "n_embd" not in published:
+        raise UserError(f"{folder}/config.json describes a {published.get('model_type', 'model')!r}, not a GPT-2")
+    activation = published.get("activation_function", "gelu_new")
+    if activation not in PUBLISHED_ACTIVATIONS:
+        raise UserError(f"{folder}/config.json: activation_function {activation!r} is not one that GPT has")
+    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        if published.get(name):
+            raise UserError(f"{folder}/config.json: {name} is not supported")
+    return ModelConfig(
+        n_layers=published["n_layer"],
+        n_heads=published["n_head"],
+        d_model=published["n_embd"],
+        d_ff=published.get("n_inner") or 0,
+        max_len=published.get("n_positions") or published["n_ctx"],
+        vocab_size=published["vocab_size"],
+        norm_eps=published.get("layer_norm_epsilon", 1e-5),
+        activation=PUBLISHED_ACTIVATIONS[activation],
+        dropout=published.get("resid_pdrop", 0.1),
+        tied=published.get("tie_word_embeddings", True),
+    )

@@ -1,0 +1,65 @@
+"""Measure a model and draw what was measured: arithmetic per token, speed, pictures."""
+
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def flops_per_token(model: nn.Module, length: int) -> int:
+    """Multiply-adds × 2 of a forward pass for one token among `length`, counted from the modules.
+
+    2 for each weight of a linear layer, and 2 · 2 · length · H · D in each attention for QKᵀ and the weighted
+    sum of V (the causal half is not taken off: Chowdhery et al. 2022, "PaLM", appendix B). Training is 3 times this.
+    """
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            total += 2 * module.weight.numel()
+        if hasattr(module, "qkv"):
+            total += 4 * length * module.n_heads * module.head_size
+    return total
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
+    """FLOP/s of a large square matrix product on this very device: the peak that utilisation is held against."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    times = []
+    for _ in range(7):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[2:])  # the first two warm up
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what it was asked, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def plot_metrics(rows: list[dict], path: Path) -> bool:
+    """Draws training and validation loss over the steps; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="training")
+    valid = [r for r in rows if "val_loss" in r]
+    axes.plot([r["step"] for r in valid], [r["val_loss"] for r in valid], "o-", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,258 @@
+"""Run folders. Whatever was trained or made smaller is a folder, and load_run() opens every kind.
+
+config.json        what the run is: kind, task, and every setting
+tokenizer.json     (and what it names) the tokenizer
+metrics.jsonl      one object for each logged step
+checkpoints/       step-00000250/ ...: weights, optimizer, state.json with their checksums
+best.safetensors   while training: the weights with the best validation figure, where the task keeps them
+model.safetensors  the final weights, and
+result.json        the final figures: both are there once the run is finished
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mini.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, from_dict
+from mini.gpt import GPT
+from mini.storage import (
+    atomic_folder,
+    load_tensors,
+    load_weights,
+    read_json,
+    save_tensors,
+    sha256,
+    weights,
+    write_json,
+    write_text,
+)
+from mini.tokenizer import Tokenizer, load_tokenizer
+
+MODELS = {"gpt": GPT}
+FORMAT = 1
+
+
+@dataclass
+class RunConfig:
+    """Everything that determines a run's result: the same config on the same machine gives the same weights."""
+
+    kind: str  # a key of MODELS
+    task: str
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    init: str | None = None  # the run or published folder that the weights started from
+    labels: list[str] = field(default_factory=list)  # of a classifier
+    tokens: str = ""  # checksum of the training and validation tokens
+
+    def save(self, folder: str | Path) -> None:
+        write_json(Path(folder) / "config.json", {"format": FORMAT, **dataclasses.asdict(self)})
+
+
+def read_config(folder: str | Path) -> RunConfig:
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such run folder")
+    if not path.is_file():
+        raise UserError(f"{folder}: not a run folder (it has no config.json)")
+    values = read_json(path)
+    if values.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: not written by this version of mini")
+    parts = dict(model=ModelConfig, data=DataConfig, optim=OptimConfig, train=TrainConfig)
+    return from_dict(RunConfig, values | {name: from_dict(cls, values[name]) for name, cls in parts.items()})
+
+
+def is_published(folder: str | Path) -> bool:
+    """Whether a folder holds published weights: a config.json that is not one of ours."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and "format" not in read_json(path)
+
+
+# ---------------------------------------------------------------- opening
+def load_run(folder: str | Path, device: str | torch.device = "cpu", kind: str | None = None):
+    """(model in eval mode, tokenizer) of a run folder of any kind, or of a folder with published weights.
+
+    An unfinished run gives its newest checkpoint. kind: "gpt" where nothing else will do.
+    Raises UserError if the folder is no run, is of another kind, or is damaged.
+    """
+    folder = Path(folder)
+    if is_published(folder):
+        model = MODELS[published_kind(folder)].from_published(folder)
+    else:
+        config = read_config(folder)
+        model = build(config)
+        load_weights(model, load_tensors(newest_weights(folder)), folder)
+    if kind and model.kind != kind:
+        raise UserError(f"{folder} holds a {model.kind.upper()}, but this needs a {kind.upper()}")
+    return model.to(device).eval(), load_tokenizer(folder)
+
+
+def build(config: RunConfig) -> nn.Module:
+    if config.kind not in MODELS:
+        raise UserError(f"a run of kind {config.kind!r} is not one of {', '.join(MODELS)}")
+    return MODELS[config.kind](config.model)
+
+
+def published_kind(folder: Path) -> str:
+    kind = read_json(folder / "config.json").get("model_type", "gpt2")
+    if kind != "gpt2":
+        raise UserError(f"{folder}/config.json describes a {kind!r}; mini opens gpt2")
+    return "gpt"
+
+
+def newest_weights(folder: Path) -> Path:
+    if (folder / "model.safetensors").is_file():
+        return folder / "model.safetensors"
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        raise UserError(f"{folder}: the run has no weights yet (no model.safetensors and no whole checkpoint)")
+    return checkpoint / "model.safetensors"
+
+
+def start_from(model: nn.Module, start: nn.Module, where: str | Path) -> None:
+    """Copies the weights of another run; a classification head of other classes keeps its fresh ones."""
+    found = weights(start)
+    fresh = {name: t for name, t in weights(model).items() if name.startswith("classifier.")}
+    found = {name: t for name, t in found.items() if not name.startswith("classifier.")}
+    load_weights(model, found | fresh, where)
+
+
+# ---------------------------------------------------------------- starting and going on
+def start_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool) -> None:
+    """Makes a run folder, or checks that the one there is the same run.
+
+    Raises UserError with the differences if the folder holds another run, or something else altogether.
+    """
+    if overwrite and folder.exists() and any(folder.iterdir()):
+        read_config(folder)  # only a run is ever deleted
+        shutil.rmtree(folder)
+    if folder.exists() and any(folder.iterdir()):
+        differences = compare(read_config(folder), config)
+        if differences:
+            raise UserError(
+                f"{folder} holds another run: {'; '.join(differences)}. Give the same flags to go on, another --out, "
+                f"or --overwrite true"
+            )
+        return
+    with atomic_folder(folder) as temporary:
+        tokenizer.save(temporary)
+        config.save(temporary)
+
+
+def read_result(folder: Path) -> dict | None:
+    """The final figures of a finished run, None for an unfinished one."""
+    return read_json(folder / "result.json") if (folder / "result.json").is_file() else None
+
+
+def compare(old: RunConfig, new: RunConfig) -> list[str]:
+    """'lr was 0.02, now 0.01' for everything that differs and would change the result."""
+    free = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get("resume")}
+    before, now = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
+    names = sorted(name for name in before | now if before.get(name) != now.get(name) and name not in free)
+    return [f"{name} was {before.get(name)}, now {now.get(name)}" for name in names]
+
+
+def flatten(values: dict) -> dict:
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value) if isinstance(value, dict) else {name: value}
+    return flat
+
+
+# ---------------------------------------------------------------- checkpoints
+def save_checkpoint(folder: Path, model: nn.Module, optimizers: list, state: dict, keep: int) -> Path:
+    """Writes checkpoints/step-N, N = state["step"], whole or not at all; deletes all but the newest `keep`."""
+    path = folder / "checkpoints" / f"step-{state['step']:08d}"
+    with atomic_folder(path) as temporary:
+        save_tensors(temporary / "model.safetensors", weights(model))
+        save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizers))
+        checksums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+        content = {**state, "sha256": checksums}
+        write_json(temporary / "state.json", {**content, "check": digest(content)})
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders, oldest first."""
+    return sorted(p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+
+
+def newest_checkpoint(folder: Path, say=lambda message: None) -> Path | None:
+    """The newest checkpoint that is whole by its checksums; says which damaged ones were passed over."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            state = read_json(path / "state.json")
+            check = state.pop("check", None)
+            whole = check == digest(state)
+            whole = whole and all(sha256(path / name) == value for name, value in state["sha256"].items())
+        except (UserError, OSError):
+            whole = False
+        if whole:
+            return path
+        say(f"{path} is damaged (its checksums do not match); using the checkpoint before it")
+    return None
+
+
+def digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizers: list) -> dict:
+    """Puts a checkpoint's weights and optimizer state into place and returns its state.json."""
+    load_weights(model, load_tensors(path / "model.safetensors"), path)
+    tensors = load_tensors(path / "optimizer.safetensors")
+    for index, optimizer in enumerate(optimizers):
+        for name, parameter in named(model, optimizer):
+            prefix = f"{index}/{name}/"
+            found = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            # Copies: the file is only mapped, and an optimizer writes into its state.
+            optimizer.state[parameter] = {key: t.to(parameter.device, copy=True) for key, t in found.items()}
+    return read_json(path / "state.json")
+
+
+def optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, torch.Tensor]:
+    """The state of all optimizers as '<number of optimizer>/<parameter>/<quantity>'."""
+    return {
+        f"{index}/{name}/{key}": value
+        for index, optimizer in enumerate(optimizers)
+        for name, parameter in named(model, optimizer)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def named(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(name, p) for name, p in model.named_parameters() if id(p) in mine]
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+def append_metrics(folder: Path, row: dict) -> None:
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the line during which the process was killed
+            break
+    return rows
+
+
+def rewind_metrics(folder: Path, step: int) -> None:
+    """Drops what was logged after the checkpoint from which a run goes on."""
+    text = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
+    write_text(folder / "metrics.jsonl", text)

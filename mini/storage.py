@@ -1,0 +1,208 @@
+"""Files that are whole or not there: atomic writes, checksums, and tensors as safetensors.
+
+A safetensors file is 8 bytes (the header's length, little-endian), a JSON header that names each tensor's
+dtype, shape and place, then the raw bytes. Nothing in it can run code, and it can be memory-mapped.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mini.config import UserError
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+
+
+def fsync(path: Path) -> None:
+    """Asks the disk to keep a file's or a folder's entry even if the power goes now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renamed to `path` when the block ends well, removed when not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        fsync(temporary)
+        os.replace(temporary, path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """The same for a whole folder: what stands at `path` afterwards is complete, or what stood there before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the finished folder
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            fsync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from None
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes named tensors as one safetensors file, atomically. The same tensors give the same bytes."""
+    header: dict = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    # Widest types first keeps every tensor aligned to its item size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in order:
+        tensor = tensors[name]
+        size = tensor.numel() * tensor.element_size()
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            tensor = tensors[name].detach().cpu().contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file, {name: tensor} on the CPU.
+
+    The tensors share one memory map that is private to this process: writing to them does not change the file.
+    Raises UserError where the file is missing, cut off, or its header does not describe its bytes.
+    """
+    path = Path(path)
+
+    def refuse(what: str) -> UserError:
+        return UserError(f"{path}: {what}; the file is damaged or not safetensors: copy or download it again")
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise refuse(f"its header should be {length:,} bytes long, but the file has {size:,}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = [(name, DTYPES[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise refuse(f"its header cannot be read ({type(error).__name__}: {error})") from None
+
+    total = size - 8 - length
+    data = (
+        torch.from_numpy(np.memmap(path, np.uint8, "c", 8 + length, total))
+        if total
+        else torch.empty(0, dtype=torch.uint8)
+    )
+    tensors, expected = {}, 0
+    for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
+        whole = all(isinstance(n, int) and n >= 0 for n in [*shape, begin, end])
+        if not whole or begin != expected or end - begin != math.prod(shape) * dtype.itemsize:
+            raise refuse(f"tensor {name!r} {shape} does not fit its place {begin}..{end}")
+        if end > total:
+            raise refuse(f"tensor {name!r} ends at byte {end:,} of {total:,}")
+        raw = data[begin:end]
+        aligned = begin % dtype.itemsize == 0 and (8 + length) % 8 == 0
+        tensors[name] = (raw if aligned else raw.clone()).view(dtype).reshape(shape)
+        expected = end
+    if expected != total:
+        raise refuse(f"{total - expected:,} bytes belong to no tensor")
+    return tensors
+
+
+# ---------------------------------------------------------------- weights of a model
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a model's file holds: each parameter once, though it may have two places (a tied head), and buffers."""
+    persistent = model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {name: p.detach() for name, p in model.named_parameters()} | buffers
+
+
+def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
+    """Copies named tensors into a model whose names and shapes they must match exactly.
+
+    Raises UserError listing what is missing, what is extra and what has another shape.
+    """
+    wanted = weights(model)
+    problems = [f"missing {name} {list(wanted[name].shape)}" for name in wanted if name not in tensors]
+    problems += [f"extra {name} {list(tensors[name].shape)}" for name in tensors if name not in wanted]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
+        for name in wanted
+        if name in tensors and tensors[name].shape != wanted[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise UserError(f"{where}: the weights do not fit the model: {shown}")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
+
+
+def load_published(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(config.json, tensors) of a folder with published weights: model.safetensors or pytorch_model.bin."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if (folder / "model.safetensors").exists():
+        return config, load_tensors(folder / "model.safetensors")
+    path = folder / "pytorch_model.bin"
+    if not path.exists():
+        raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin beside config.json")
+    try:  # the one pickle that mini opens, and only its tensors
+        return config, torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: not a file of tensors ({type(error).__name__}): download it again") from None

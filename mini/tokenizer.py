@@ -1,0 +1,419 @@
+"""Text <-> token ids: byte-level BPE (our trainer, tiktoken's encoder) and plain bytes.
+
+BPE (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units") starts from single
+symbols and again and again turns the most frequent pair of neighbours into one new symbol. GPT-2 (Radford et
+al. 2019, §2.2) starts from the 256 bytes, so every text has a code and nothing is unknown, and first splits
+the text into words, numbers, signs and spaces, so no token spans two of them.
+
+Read `train_bpe` first, then `BPETokenizer`; the rest is splitting, saving and opening.
+"""
+
+import base64
+import codecs
+import functools
+import hashlib
+import heapq
+import json
+import re
+import sys
+import unicodedata
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from mini.config import UserError
+from mini.storage import read_json, write_json, write_text
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's split as tiktoken writes it: the same pieces as from the published code, but faster.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# Unicode's White_Space, which is tiktoken's \s. Python's \s has four control characters (x1c-x1f) more.
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+BLOCK = 100_000  # characters
+MAX_ID = 2**24  # a larger id means a damaged file
+
+
+# ---- splitting -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def gpt2_splitter() -> re.Pattern:
+    r"""GPT2_PATTERN for Python's `re`, which has no \p{L} (letters) and \p{N} (numbers).
+
+    Python's \w is exactly the letters, the numbers and "_", so a list of the numbers gives both. The pieces
+    are tiktoken's, except for characters newer than this Python's Unicode tables.
+    """
+    kinds = "".join(unicodedata.category(chr(i))[0] for i in range(sys.maxunicode + 1))
+    numbers = "".join(f"{chr(m.start())}-{chr(m.end() - 1)}" for m in re.finditer("N+", kinds))
+    pattern = GPT2_PATTERN
+    for theirs, ours in [
+        (r"[^\s\p{L}\p{N}]", rf"(?:[^\w{SPACE}]|_)"),
+        (r"\p{L}", rf"(?:[a-zA-Z]++|[^\W_{numbers}]++)"),  # [a-zA-Z] adds nothing but speed
+        (r"\p{N}", f"[{numbers}]"),
+        (r"\s", f"[{SPACE}]"),
+        (r"\S", f"[^{SPACE}]"),
+    ]:
+        pattern = pattern.replace(theirs, ours)
+    return re.compile(pattern)
+
+
+def blocks(text: str, size: int = BLOCK) -> list[str]:
+    """Cuts a long text where a cut changes no piece: before a space that something else than space follows.
+
+    A block is `size` characters and the rest of the word there, so a text of many MB needs little memory.
+    It also spares tiktoken a million spaces before a word, where it fails ("Max stack size exceeded").
+    """
+    if len(text) <= size:
+        return [text]
+    return re.findall(rf"(?s).{{1,{size}}}.*?(?=[{SPACE}][^{SPACE}]|\Z)", text)
+
+
+def to_bytes(text: str | bytes) -> bytes:
+    """UTF-8. Half a surrogate pair, which a str can hold and UTF-8 cannot, becomes U+FFFD as in tiktoken."""
+    if isinstance(text, bytes):
+        return text
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+# ---- training --------------------------------------------------------------------------------------------
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> "BPETokenizer":
+    """Learns a byte-level BPE vocabulary from text (Sennrich et al. 2016, Algorithm 1).
+
+    vocab_size counts everything: the 256 bytes (ids 0..255), the merges in the order they are learned, and
+    <|endoftext|> (the last id). Of equally frequent pairs the one with the smaller ids is merged, so the same
+    text gives the same vocabulary, in whatever order it comes. Memory grows with the number of different
+    words, not with the text. Raises UserError if vocab_size is below 257 or more than the text can yield.
+    """
+    if vocab_size < 257:
+        raise UserError(f"--vocab_size {vocab_size}: 256 bytes and {END_OF_TEXT} alone are 257; ask for more")
+    hidden = None if progress else True  # None: tqdm shows itself on a terminal only
+
+    # No merge crosses a piece, so one that occurs a thousand times is looked at once and counts thousandfold.
+    pieces: Counter[str] = Counter()
+    with tqdm(desc="counting words", unit=" chars", unit_scale=True, delay=1, disable=hidden) as bar:
+        for text in texts:
+            for block in blocks(text):
+                pieces.update(gpt2_splitter().findall(block))
+                bar.update(len(block))
+
+    # All pieces lie one after another in flat arrays, at first a byte per place. `before` and `after` link
+    # the places of a piece, -1 at its ends: a merge keeps the left place, unlinks the right, moves nothing.
+    symbol, times, before, after = array("i"), array("q"), array("q"), array("q")
+    for piece, n in pieces.items():
+        start, data = len(symbol), to_bytes(piece)
+        symbol.extend(data)
+        times.extend([n] * len(data))
+        before.extend([-1, *range(start, start + len(data) - 1)])
+        after.extend([*range(start + 1, start + len(data)), -1])
+
+    # How often each pair of neighbours occurs, and at which (left) places. No place is ever taken out of
+    # `where`: one that has lost the pair is recognised when its turn comes.
+    count: dict[tuple[int, int], int] = defaultdict(int)
+    where: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, j in enumerate(after):
+        if j >= 0:
+            pair = symbol[i], symbol[j]
+            count[pair] += times[i]
+            where[pair].append(i)
+
+    # The heap's top is the most frequent pair. Merges lower the counts of other pairs without telling it: its
+    # numbers are upper bounds, and a pair that comes out with too high a one goes back with the true one.
+    heap = [(-n, pair) for pair, n in count.items()]
+    heapq.heapify(heap)
+    tokens = [bytes([b]) for b in range(256)]
+
+    bar = tqdm(desc="learning merges", total=vocab_size - 257, unit="", delay=1, disable=hidden)
+    while heap and len(tokens) < vocab_size - 1:
+        n, pair = heapq.heappop(heap)
+        if -n != count[pair]:
+            if count[pair] > 0:
+                heapq.heappush(heap, (-count[pair], pair))
+            continue
+
+        # Never do two pairs spell the same bytes (ab+c, a+bc): what becomes one token does so everywhere.
+        left, right = pair
+        new = len(tokens)
+        tokens.append(tokens[left] + tokens[right])
+        bar.update()
+
+        grown = set()
+        for i in where.pop(pair):  # from left to right, so aaa becomes aa a
+            j = after[i]
+            if j < 0 or symbol[i] != left or symbol[j] != right:
+                continue
+            h, k = before[i], after[j]  # h i j k becomes h i k
+            symbol[i], symbol[j], after[i] = new, -1, k
+            if h >= 0:
+                count[symbol[h], left] -= times[i]
+                count[symbol[h], new] += times[i]
+                where[symbol[h], new].append(h)
+                grown.add((symbol[h], new))
+            if k >= 0:
+                before[k] = i
+                count[right, symbol[k]] -= times[i]
+                count[new, symbol[k]] += times[i]
+                where[new, symbol[k]].append(i)
+                grown.add((new, symbol[k]))
+        for pair in grown:
+            if count[pair] > 0:  # in aaaa, aa+a comes and goes within one merge
+                heapq.heappush(heap, (-count[pair], pair))
+    bar.close()
+
+    most = len(tokens) + 1
+    if most < vocab_size:
+        raise UserError(f"--vocab_size {vocab_size}: this text yields only {most}; ask for that, or add text")
+    return BPETokenizer({token: i for i, token in enumerate(tokens)}, {END_OF_TEXT: len(tokens)})
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """What all tokenizers share: the table of what each id stands for, decoding, saving.
+
+    kind          "bytes" or "bpe"
+    vocab_size    ids are 0 .. vocab_size - 1
+    special       {name: id} of the tokens that stand for no text
+    eot           id of <|endoftext|>, or None
+    byte_lengths  (vocab_size,) int64, bytes of text each token stands for (for bits per byte); 0 if special
+    """
+
+    kind: str
+
+    def __init__(self, tokens: dict[bytes, int], special: dict[str, int]):
+        self.special = dict(sorted(special.items(), key=lambda item: item[1]))
+        self.eot = special.get(END_OF_TEXT)
+        self.vocab_size = max([*tokens.values(), *special.values()]) + 1
+        self.table = [b""] * self.vocab_size  # an id that nothing has stays empty
+        for token, i in tokens.items():
+            self.table[i] = token
+        self.byte_lengths = np.array([len(token) for token in self.table], np.int64)
+        for name, i in special.items():
+            self.table[i] = name.encode()
+
+    def encode_array(self, text: str | bytes) -> np.ndarray:
+        """A text's ids, (T,) uint32. Special tokens' names in it are plain text; bytes need not be UTF-8."""
+        raise NotImplementedError
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The same as a list."""
+        return self.encode_array(text).tolist()
+
+    def token_bytes(self, i: int) -> bytes:
+        """What one token stands for; a special token's name. Raises UserError for an id that is none."""
+        if not 0 <= i < self.vocab_size:
+            raise UserError(f"token {i}: this tokenizer has 0..{self.vocab_size - 1}; use the one it is from")
+        return self.table[i]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """decode_bytes(encode(b)) == b for any bytes b."""
+        return b"".join(map(self.token_bytes, ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text; U+FFFD where the bytes are not UTF-8."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """`decode` piece by piece as tokens come. A token can end inside a character, a piece never does."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            yield decoder.decode(self.token_bytes(i))
+        yield decoder.decode(b"", final=True)
+
+    def description(self) -> dict:
+        """All that defines this tokenizer, as tokenizer.json holds it."""
+        return {"kind": self.kind, "vocab_size": self.vocab_size, "special": self.special}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the description: equal if any text gets the same ids."""
+        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json. The same tokenizer gives the same bytes."""
+        write_json(Path(folder) / "tokenizer.json", self.description())
+
+
+class ByteTokenizer(Tokenizer):
+    """Every byte is a token, <|endoftext|> is 256: nothing to train, but long sequences."""
+
+    kind = "bytes"
+
+    def __init__(self):
+        super().__init__({bytes([b]): b for b in range(256)}, {END_OF_TEXT: 256})
+
+    def encode_array(self, text: str | bytes) -> np.ndarray:
+        return np.frombuffer(to_bytes(text), np.uint8).astype(np.uint32)
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level BPE as in GPT-2, encoded by tiktoken.
+
+    ranks    {bytes: id}, all 256 single bytes among them; the lower its id, the earlier a token is merged
+    pattern  how text is split before merging, in the dialect of Rust's fancy-regex. Long texts are cut between
+             pieces of GPT-2's (see `blocks`), so another pattern should not join what that one parts.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, ranks: dict[bytes, int], special: dict[str, int], pattern: str = GPT2_PATTERN):
+        super().__init__(ranks, special)
+        self.ranks, self.pattern = ranks, pattern
+        self.byte_ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
+        self.encoding = tiktoken.Encoding("mini", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+    def encode_array(self, text: str | bytes) -> np.ndarray:
+        data = to_bytes(text)
+        try:
+            stretches = [data.decode()]
+        except UnicodeDecodeError:  # Python can decode a stray byte b as U+DC00 + b; there we split
+            stretches = re.split("([\udc80-\udcff]+)", data.decode(errors="surrogateescape"))
+        arrays = []
+        for k, stretch in enumerate(stretches):
+            if k % 2 == 0:  # text; while tiktoken is at it, other threads can run
+                arrays += [self.encoding.encode_to_numpy(b, disallowed_special=()) for b in blocks(stretch)]
+            else:  # what the split found: a token per byte
+                stray = np.frombuffer(stretch.encode(errors="surrogateescape"), np.uint8)
+                arrays.append(self.byte_ids[stray])
+        return np.concatenate(arrays)
+
+    def ranks_text(self) -> str:
+        """The .tiktoken format: for each token, by rank, a line of its base64, a space, its rank."""
+        lines = sorted((rank, base64.b64encode(token).decode()) for token, rank in self.ranks.items())
+        return "".join(f"{token} {rank}\n" for rank, token in lines)
+
+    def description(self) -> dict:
+        checksum = hashlib.sha256(self.ranks_text().encode()).hexdigest()
+        return super().description() | {"pattern": self.pattern, "ranks_sha256": checksum}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.tiktoken, then tokenizer.json with its checksum."""
+        write_text(Path(folder) / "tokenizer.tiktoken", self.ranks_text())
+        super().save(folder)
+
+
+# ---- opening ---------------------------------------------------------------------------------------------
+
+
+def make_tokenizer(spec: str, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
+    """The tokenizer that --tokenizer names. `texts` and `vocab_size` are used only to train one ("bpe")."""
+    if spec == "bpe":
+        return train_bpe(texts(), vocab_size)
+    if spec == "bytes":
+        return ByteTokenizer()
+    if spec == "gpt2":
+        return download_gpt2()
+    path = Path(spec)
+    if path.is_dir():
+        return load_tokenizer(path)
+    if path.suffix == ".tiktoken":
+        ranks = load_ranks(path)
+        return BPETokenizer(ranks, {END_OF_TEXT: max(ranks.values()) + 1})
+    raise UserError(
+        f"--tokenizer {spec}: no such tokenizer; possible are bpe, bytes, gpt2, a .tiktoken file, "
+        "the folder of a run, a folder with published GPT-2 weights (vocab.json)"
+    )
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer in the folder of a run or of published GPT-2 weights. Raises UserError without one."""
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    saved = read_json(path) if path.is_file() else {}
+    if "kind" in saved:  # if not, it is another program's: published folders often hold a file of this name
+        return load_saved(path, saved)
+    if (folder / "vocab.json").is_file():
+        return load_published_gpt2(folder / "vocab.json")
+    raise UserError(f"{folder}: no tokenizer: neither tokenizer.json of a run nor vocab.json of GPT-2")
+
+
+def load_saved(path: Path, saved: dict) -> Tokenizer:
+    """What `Tokenizer.save` wrote; `saved` is the content of tokenizer.json."""
+    if saved["kind"] == "bytes":
+        return ByteTokenizer()
+    if saved["kind"] != "bpe":
+        raise UserError(f"{path}: unknown kind of tokenizer {saved['kind']!r}; known are 'bytes' and 'bpe'")
+    ranks = load_ranks(path.with_name("tokenizer.tiktoken"))
+    try:
+        tokenizer = BPETokenizer(ranks, saved["special"], saved["pattern"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the run again") from None
+    if tokenizer.description() != saved:
+        raise UserError(f"{path}: does not fit the tokenizer.tiktoken beside it; copy both from one run")
+    return tokenizer
+
+
+def load_ranks(path: str | Path) -> dict[bytes, int]:
+    """Reads a .tiktoken file, {bytes: rank}. Raises UserError that names the wrong line."""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it should be a .tiktoken ranks file") from None
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            entries.append((f"{path}:{number}", base64.b64decode(token, validate=True), int(rank)))
+        except ValueError:
+            shown = line[:40].decode(errors="replace")
+            raise UserError(f"{path}:{number}: {shown!r} should be 'base64-of-token rank'") from None
+    return checked_ranks(entries, path)
+
+
+def load_published_gpt2(path: Path) -> BPETokenizer:
+    """vocab.json as published with GPT-2: {token: id}, each byte of a token shown as a printable character.
+
+    Ids are taken as ranks: GPT-2 numbers its tokens in the order of its merges.
+    """
+    # Printable bytes stand for themselves, the others are U+0100, U+0101, .., so a space is Ġ (U+0120): the
+    # function bytes_to_unicode in OpenAI's encoder.py.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    try:
+        entries = [(str(path), bytes(byte[c] for c in token), i) for token, i in read_json(path).items()]
+    except (KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not GPT-2's {{token: id}} ({type(error).__name__}: {error})") from None
+    ranks = checked_ranks(entries, path)
+    eot = ranks.pop(END_OF_TEXT.encode(), None)
+    return BPETokenizer(ranks, {} if eot is None else {END_OF_TEXT: eot})
+
+
+def checked_ranks(entries: list[tuple[str, bytes, int]], path: str | Path) -> dict[bytes, int]:
+    """{token: rank} from (place, token, rank). Raises UserError unless they give every text one code."""
+    ranks: dict[bytes, int] = {}
+    taken = set()
+    for place, token, rank in entries:
+        if not isinstance(rank, int) or not 0 <= rank < MAX_ID:
+            raise UserError(f"{place}: token {token!r} has rank {rank!r}; it should be in 0..{MAX_ID - 1}")
+        if token in ranks or rank in taken:
+            raise UserError(f"{place}: token {token!r} or its rank {rank} is there for the second time")
+        ranks[token] = rank
+        taken.add(rank)
+    for b in range(256):
+        if bytes([b]) not in ranks:
+            raise UserError(f"{path}: no token for the byte 0x{b:02x}; a byte-level vocabulary has all 256")
+    return ranks
+
+
+def download_gpt2() -> BPETokenizer:
+    """GPT-2's own, from tiktoken's cache or the network. Raises UserError if neither has it."""
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
+        raise UserError(
+            f"--tokenizer gpt2: its files cannot be downloaded ({type(error).__name__}); "
+            "pass a .tiktoken ranks file with --tokenizer FILE instead"
+        ) from None
+    eot = encoding.eot_token
+    return BPETokenizer({encoding.decode_single_token_bytes(i): i for i in range(eot)}, {END_OF_TEXT: eot})

@@ -1,0 +1,380 @@
+"""The loop: every training in mini, whatever the model and the task, goes through train().
+
+One step: the global batch of the step is cut into equal parts, one for each rank and accumulation; each part's
+summed losses are divided by the counts of the whole batch, so that the gradients add up to that of the one big
+batch; then one optimizer step. Dropout is seeded from (seed, step, first example of the part), so nothing depends
+on how many processes share the work, and a run goes on from a checkpoint as if it had never stopped.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from mini import runs
+from mini.config import TrainConfig, UserError
+from mini.data import mix
+from mini.optim import make_optimizers, schedule
+from mini.report import flops_per_token, matmul_speed, plot_metrics
+from mini.runs import RunConfig
+from mini.storage import load_tensors, load_weights, save_tensors, weights, write_json
+
+
+# ---------------------------------------------------------------- processes and devices
+class World:
+    """The processes that train together: one alone, or as many as torchrun started."""
+
+    def __init__(self, device: str):
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        if self.size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=4))  # rank 0 may tokenize for long
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, *text: object) -> None:
+        """Prints from rank 0, without tearing a progress bar apart."""
+        if self.main:
+            tqdm.write(" ".join(map(str, text)))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def main_first(self, make: Callable):
+        """make() on rank 0, then on the others: what the first one builds, the others find."""
+        if self.main:
+            failed = torch.ones((), device=self.device)
+            try:
+                result = make()
+                failed.zero_()
+                return result
+            finally:
+                self.sum(failed)
+        if self.sum(torch.zeros((), device=self.device)):
+            raise SystemExit(2)  # rank 0 says why
+        return make()
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def pick_device(name: str, index: int = 0) -> torch.device:
+    """The device of a --device flag; auto takes a GPU where there is one. Refuses one that does not work."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively; else float32 by the fast path, TF32 on GPUs.
+
+    An explicit float32 means all of its bits.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if name == "auto":
+        torch.set_float32_matmul_precision("high")
+        return torch.bfloat16 if native else torch.float32
+    return getattr(torch, name)
+
+
+def try_compile(loss: nn.Module, world: World) -> nn.Module:
+    """torch.compile, or the module as it is, saying so, where no working compiler is found."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=world.device))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        world.say(f"torch.compile does not work here, going on without it ({reason})")
+        return loss
+    return torch.compile(loss)
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory for the next step instead of returning it to the system.
+
+    Otherwise every large activation is fresh memory that the system first fills with zeros, page by page: with
+    it, a training step on a CPU takes up to a third longer. Elsewhere (macOS, musl) this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):  # TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD
+            mallopt(parameter, value)
+
+
+# ---------------------------------------------------------------- the loop
+class Objective(nn.Module):
+    """The task's loss as a module's forward, which is what DDP and torch.compile wrap."""
+
+    def __init__(self, model: nn.Module, task):
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.task.loss(self.model, inputs)
+
+
+def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World) -> dict:
+    """Trains to the end, from the newest checkpoint in folder if there is one; returns the final figures.
+
+    Writes metrics.jsonl, checkpoints, and at the end model.safetensors and result.json.
+    Raises UserError where the loss stops being a number; SystemExit after SIGTERM or Ctrl-C, a checkpoint written.
+    """
+    options, optim = config.train, config.optim
+    steps, eval_every = options.steps, options.eval_every
+    if options.epochs:
+        steps = max(1, round(options.epochs * task.data.n / options.batch_size))
+    if task.best and not eval_every:
+        eval_every = -(-task.data.n // options.batch_size)
+    part = options.batch_size // (world.size * options.accumulation)  # sequences in one forward pass
+    if part * world.size * options.accumulation != options.batch_size:
+        raise UserError(
+            f"--batch_size {options.batch_size} cannot be cut into {world.size} ranks x {options.accumulation} parts"
+        )
+
+    keep_memory()
+    model.to(world.device).train()
+    model.stack.checkpoint_activations = options.checkpoint_activations
+    dtype = pick_dtype(options.dtype, world.device)
+    optimizers = make_optimizers(model, optim)
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "best": None}
+    if checkpoint := runs.newest_checkpoint(folder, world.say):
+        state |= runs.load_checkpoint(checkpoint, model, optimizers)
+        world.say(f"going on from {checkpoint}")
+    if world.main:
+        runs.rewind_metrics(folder, state["step"])
+
+    objective: nn.Module = Objective(model, task)
+    work = 3 * flops_per_token(model, model.config.max_len)  # FLOPs per token of training
+    # On CPUs compiling costs 20 seconds and saves less than a tenth of a step; on GPUs it pays within minutes.
+    if options.compile == "true" or (options.compile == "auto" and task.fixed_shape and world.device.type == "cuda"):
+        objective = try_compile(objective, world)
+    if world.size > 1:
+        objective = DistributedDataParallel(objective)
+    peak = world.size * matmul_speed(world.device, dtype)
+
+    began = time.perf_counter() - state["seconds"]
+    logged = dict(state)
+    bar = tqdm(total=steps, initial=state["step"], disable=not world.main, unit="step", dynamic_ncols=True)
+    with Interrupts() as interrupts, bar:
+        for step in range(state["step"], steps):
+            clock = time.perf_counter()
+            share = schedule(step, steps, optim)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = group["peak_lr"] * share
+            losses, n_tokens, stop = backward(objective, task, step, part, options, dtype, world, interrupts.received)
+            norm = clip_gradients(model, optim.clip)
+            loss = sum(losses.values())
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise diverged(step + 1, loss, norm, folder)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            state["step"], state["tokens"] = step + 1, state["tokens"] + n_tokens
+            state["train_seconds"] += time.perf_counter() - clock
+            last = state["step"] == steps
+            evaluating = last or falls_on(state["step"], eval_every)
+            bar.update()
+            if evaluating or falls_on(state["step"], options.log_every):
+                tokens, seconds = (state[name] - logged[name] for name in ("tokens", "train_seconds"))
+                logged, speed = dict(state), tokens / seconds
+                row = {"step": step + 1, "loss": loss, "lr": optim.lr * share, "tokens_per_s": speed, "grad_norm": norm}
+                if task.fixed_shape:
+                    row["mfu"] = speed * work / peak
+                if len(losses) > 1:
+                    row |= losses
+                bar.set_postfix_str(f"loss {loss:.3f}, lr {row['lr']:.2g}, {speed:,.0f} tokens/s")
+                if evaluating:
+                    figures = evaluate(model, task, world, dtype, part, 0 if last else options.eval_tokens)
+                    row |= {name: value for name, value in figures.items() if isinstance(value, float)}
+                    world.say(f"step {step + 1:>{len(str(steps))}}: " + describe(figures))
+                    if task.best:
+                        keep_best(state, figures, task.best, model, folder, world)
+                if world.main:
+                    runs.append_metrics(folder, row)
+            if world.main and falls_on(state["step"], options.sample_every) and not last:
+                show_sample(model, task, world, dtype)
+            state["seconds"] = time.perf_counter() - began
+            if not last and (stop or falls_on(state["step"], options.checkpoint_every)) and world.main:
+                saved = runs.save_checkpoint(folder, model, optimizers, state, options.keep)
+            if stop and not last:
+                bar.close()
+                if world.main:
+                    world.say(f"interrupted: {saved} is written; the same command goes on from there")
+                raise SystemExit(128 + stop)
+
+    if task.best:
+        load_weights(model, load_tensors(folder / "best.safetensors"), folder)
+        figures = state["best"]
+    result = {
+        **figures,
+        "steps": steps,
+        "tokens": state["tokens"],
+        "tokens_per_s": state["tokens"] / state["train_seconds"],
+        "seconds": time.perf_counter() - began,
+        "parameters": model.num_params(),
+        "device": str(world.device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if task.fixed_shape:
+        result["mfu"] = result["tokens_per_s"] * work / peak
+    if world.main:
+        save_tensors(folder / "model.safetensors", weights(model))
+        plot_metrics(runs.read_metrics(folder), folder / "loss.png")
+        write_json(folder / "result.json", result)  # last: with it the run counts as finished
+        (folder / "best.safetensors").unlink(missing_ok=True)
+    return result
+
+
+def falls_on(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def backward(
+    objective: nn.Module,
+    task,
+    step: int,
+    part: int,
+    options: TrainConfig,
+    dtype: torch.dtype,
+    world: World,
+    stop: int,
+) -> tuple[dict[str, float], int, int]:
+    """Leaves the gradient of the step's whole batch in the parameters.
+
+    Returns ({name: mean loss in nats}, real tokens, highest signal received), each over all ranks.
+    """
+    first = step * options.batch_size + world.rank * options.accumulation * part
+    starts = [first + i * part for i in range(options.accumulation)]  # example number of each part's first
+    batches = [task.data.batch(np.arange(start, start + part)) for start in starts]
+    names = [name for name in batches[0].counts if name != "bytes"]
+    counts = [sum(batch.counts[name] for batch in batches) for name in names]
+    totals = torch.tensor([*counts, sum(batch.n_tokens for batch in batches)], dtype=torch.float64)
+    *counts, n_tokens = world.sum(totals.to(world.device, non_blocking=True)).tolist()
+
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)
+    for start, batch in zip(starts, batches, strict=True):
+        torch.manual_seed(mix(options.seed, step, start))  # dropout, the same wherever this part is computed
+        # Ranks exchange gradients once, with the last part; DDP looks at this during the forward pass.
+        alone = world.size > 1 and start != starts[-1]
+        with objective.no_sync() if alone else contextlib.nullcontext():
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                losses = objective(batch.to(world.device).inputs)
+            # DDP averages over the ranks, where a sum is wanted
+            sum(world.size / count * losses[name] for name, count in zip(names, counts, strict=True)).backward()
+        sums[:-1] += torch.stack([losses[name].detach().double() for name in names])
+    sums[-1] = stop
+    if world.size > 1:
+        stop_too = sums[-1:].clone()
+        dist.all_reduce(stop_too, dist.ReduceOp.MAX)
+        stop = int(stop_too)
+    values = world.sum(sums[:-1]).tolist()
+    return {name: v / c for name, v, c in zip(names, values, counts, strict=True)}, int(n_tokens), stop
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Scales all gradients so that their norm is at most limit (0: leaves them); returns the norm before."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    return float(nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task, world: World, dtype: torch.dtype, batch_size: int, limit: int = 0) -> dict:
+    """The task's figures on the whole validation set (or its first `limit` tokens), shared out over the ranks."""
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    progress = tqdm(desc="evaluating", leave=False, delay=2, disable=not world.main, unit="batch", dynamic_ncols=True)
+    with progress:
+        for i, batch in enumerate(task.data.validation(batch_size, limit)):
+            mine = i % world.size == world.rank
+            if not mine and i > 0:  # everybody computes the first: a rank without any still knows the sums' shapes
+                continue
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                measured = task.measure(model, batch.to(world.device).inputs)
+            measured |= {f"count/{name}": torch.tensor(float(count)) for name, count in batch.counts.items()}
+            for name, value in measured.items():
+                value = value.double().to("cpu") * mine
+                sums[name] = sums[name] + value if name in sums else value
+            progress.update()
+    if world.size > 1:
+        sums = {name: world.sum(sums[name].to(world.device)).cpu() for name in sorted(sums)}
+    model.train()
+    return task.metrics(sums)
+
+
+def keep_best(state: dict, figures: dict, name: str, model: nn.Module, folder: Path, world: World) -> None:
+    """Remembers figures and weights if figures[name] is the best so far: lowest for a loss, else highest."""
+    sign = -1 if name.endswith("loss") else 1
+    if state["best"] is None or sign * figures[name] > sign * state["best"][name]:
+        state["best"] = {**figures, "best_step": state["step"]}
+        if world.main:
+            save_tensors(folder / "best.safetensors", weights(model))
+
+
+def describe(figures: dict) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+
+
+def show_sample(model: nn.Module, task, world: World, dtype: torch.dtype) -> None:
+    model.eval()
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        text = task.sample(model)
+    model.train()
+    if text is not None:
+        world.say("\n".join("    | " + line for line in text.splitlines()))
+
+
+def diverged(step: int, loss: float, norm: float, folder: Path) -> UserError:
+    good = runs.newest_checkpoint(folder)
+    return UserError(
+        f"step {step}: the loss is {loss} and the gradient norm {norm}, so the run stops here. "
+        f"Last good checkpoint: {good or 'none'}. "
+        f"Try a smaller --lr, a longer --warmup, --clip 1 or --dtype float32, in another --out"
+    )
+
+
+class Interrupts:
+    """While active, Ctrl-C and SIGTERM only leave their number in `received`; a second Ctrl-C ends at once."""
+
+    def __enter__(self) -> "Interrupts":
+        self.received = 0
+        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,112 @@
+"""Pretrain or fine-tune a GPT. Without arguments: a small one on Python's own documentation, minutes on a laptop."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from mini import runs, tasks
+from mini.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunOptions,
+    TrainConfig,
+    UserError,
+    nearest,
+    parse_flags,
+    peek,
+    run_command,
+)
+from mini.data import LabelledTexts, LMWindows, PromptAnswers, prepare_tokenizer, prepare_tokens
+from mini.gpt import GPT
+from mini.train import World, describe, train
+
+TASKS = ("lm", "classify", "pairs")
+FINETUNE = dict(
+    optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,
+    epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    task_name = peek(argv, "task", "lm")
+    if task_name not in TASKS:
+        raise UserError(f"unknown --task {task_name}{nearest(task_name, TASKS)}: choose one of {', '.join(TASKS)}")
+    defaults = dict(out="out/gpt") if task_name == "lm" else FINETUNE | dict(out=f"out/gpt-{task_name}")
+    classes = [RunOptions, ModelConfig, DataConfig, OptimConfig, TrainConfig]
+    (run, model_config, data, optim, training), given = parse_flags(argv, classes, __doc__, "laptop", **defaults)
+    world = World(training.device)
+
+    # A run to start from brings its model's shape and its tokenizer; flags that were given change the rest.
+    start = None
+    if run.init:
+        start, _ = runs.load_run(run.init, kind="gpt")
+        flags = {name: getattr(model_config, name) for name in given if hasattr(model_config, name)}
+        model_config = dataclasses.replace(start.config, n_classes=0, **flags)
+
+    # Text -> tokens -> the examples of each step.
+    if task_name == "lm":
+        folder, tokenizer = world.main_first(lambda: prepare_tokens(data, model_config.vocab_size, run.init))
+        examples = LMWindows(folder.train, folder.valid, tokenizer, model_config.max_len, training.seed)
+        task = tasks.LanguageModelling(examples, tokenizer)
+        tokens, labels = f"{folder.train.sha256}-{folder.valid.sha256}", []
+    else:
+        if not data.train or not data.valid:
+            raise UserError(f"--task {task_name} needs --train FILE and --valid FILE")
+        columns = ["text"] if task_name == "classify" else ["prompt", "answer"]
+        tokenizer = prepare_tokenizer(data, columns, model_config.vocab_size, run.init)
+        kind = LabelledTexts if task_name == "classify" else PromptAnswers
+        examples = kind(data.train, data.valid, tokenizer, model_config.max_len, training.seed)
+        task = tasks.Classification(examples) if task_name == "classify" else tasks.Answering(examples, tokenizer)
+        tokens, labels = examples.checksum, getattr(examples, "labels", [])
+    if not start:
+        model_config.vocab_size = tokenizer.vocab_size
+    model_config.n_classes = len(labels)
+
+    # The folder, new or going on.
+    config = runs.RunConfig("gpt", task_name, model_config, data, optim, training, run.init, labels, tokens)
+    out = Path(run.out)
+    world.main_first(lambda: runs.start_run(out, config, tokenizer, run.overwrite and world.main))
+    result = runs.read_result(out)
+    if result:
+        world.say(f"{out} is finished already: --overwrite true trains it anew, another --out trains another")
+    else:
+        torch.manual_seed(training.seed)
+        model = GPT(model_config)
+        if start:
+            runs.start_from(model, start, run.init)
+        if task_name == "classify" and not model_config.tied:
+            model.head.requires_grad_(False)  # a classifier predicts no tokens
+        world.say(summary(model, config, examples, world))
+        result = train(model, task, config, out, world)
+
+    if world.main:
+        print(f"\n{describe(result)}")
+        if task_name == "lm":
+            model, _ = runs.load_run(out, world.device)
+            print("\nA sample:\n" + "\n".join("    " + line for line in task.sample(model).splitlines()))
+        print(f"\nThe run is in {out}. {WHAT_NEXT[task_name].format(out=out)}")
+        print(json.dumps(result))
+    world.leave()
+
+
+WHAT_NEXT = {
+    "lm": 'Next: python -m mini sample {out} "The "',
+    "classify": 'Next: python -m mini classify {out} "some text"',
+    "pairs": 'Next: python -m mini sample {out} "some prompt"',
+}
+
+
+def summary(model: GPT, config: runs.RunConfig, examples, world: World) -> str:
+    c = model.config
+    return (
+        f"GPT with {model.num_params():,} parameters: {c.n_layers} layers, d_model {c.d_model}, max_len {c.max_len}, "
+        f"vocabulary {c.vocab_size:,}\n"
+        f"{examples.n:,} training examples; {world.size} process(es) on {world.device}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
