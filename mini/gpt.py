@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini.config import ModelConfig, UserError
-from mini.storage import load_published, load_weights
-from mini.transformer import KVCache, Transformer
+from mini.storage import load_published, load_weights, read_json
+from mini.transformer import KVCache, Linear, Transformer
 
 
 class GPT(nn.Module):
@@ -22,7 +22,7 @@ class GPT(nn.Module):
         self.config = config
         self.stack = Transformer(config)
         rows = self.stack.tokens.num_embeddings
-        self.head = nn.Linear(config.d_model, rows, bias=False)
+        self.head = Linear(config.d_model, rows, bias=False)
         if config.tied:
             self.head.weight = self.stack.tokens.weight
         elif config.zero_init:  # every token equally likely at first: the loss starts at ln V
@@ -172,9 +172,8 @@ class GPT(nn.Module):
 
         Raises UserError naming missing, extra and misshapen tensors, and settings that this GPT does not have.
         """
-        published, tensors = load_published(folder)
-        model = cls(published_config(published, folder))
-        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        model = cls(published_config(read_json(Path(folder) / "config.json"), folder))
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_published(folder).items()}
         renamed = {}
         for name, tensor in tensors.items():
             if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, stored by old versions

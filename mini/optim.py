@@ -69,7 +69,7 @@ def fused_qkv_names(model: nn.Module) -> dict[int, list[int]]:
 
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
-    """Drives the singular values of each matrix of G (..., rows, cols) towards 1, keeping its singular vectors.
+    """Drives the singular values of each matrix of G (n, rows, cols) towards 1, keeping its singular vectors.
 
     Newton-Schulz iteration X <- aX + (bA + cA²)X, A = XXᵀ; its coefficients trade exactness for speed, so
     singular values end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon").

@@ -193,16 +193,14 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where
             tensor.copy_(tensors[name])
 
 
-def load_published(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(config.json, tensors) of a folder with published weights: model.safetensors or pytorch_model.bin."""
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
-    if (folder / "model.safetensors").exists():
-        return config, load_tensors(folder / "model.safetensors")
-    path = folder / "pytorch_model.bin"
-    if not path.exists():
-        raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin beside config.json")
+def load_published(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder with published weights: model.safetensors or pytorch_model.bin."""
+    safetensors, pickled = Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"
+    if safetensors.exists():
+        return load_tensors(safetensors)
+    if not pickled.exists():
+        raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin in it")
     try:  # the one pickle that mini opens, and only its tensors
-        return config, torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(pickled, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: not a file of tensors ({type(error).__name__}): download it again") from None
+        raise UserError(f"{pickled}: not a file of tensors ({type(error).__name__}): download it again") from None

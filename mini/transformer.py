@@ -27,6 +27,20 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
+class Linear(nn.Linear):
+    """y = xWᵀ + b. In a compiled CPU step of a single token, written as a sum that is fused with its surroundings.
+
+    The library's product of one bfloat16 row takes about twice as long as reading W once, which this does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
+            y = (self.weight.float() * x.float().flatten()).sum(dim=-1)  # (out, in) * (in) -> (out)
+            y = y if self.bias is None else y + self.bias.float()
+            return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
 # ---------------------------------------------------------------- positions
 def sinusoids(length: int, channels: int) -> Tensor:
     """(length, channels) fixed position embeddings: sines, then cosines (Vaswani et al. 2017, §3.5)."""
@@ -125,8 +139,8 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.attend = ATTENTION[config.attention]
         width = (self.n_heads + 2 * self.n_kv_heads) * self.head_size
-        self.qkv = nn.Linear(config.d_model, width, bias=config.bias)  # rows: queries, keys, values
-        self.out = nn.Linear(self.n_heads * self.head_size, config.d_model, bias=config.bias)
+        self.qkv = Linear(config.d_model, width, bias=config.bias)  # rows: queries, keys, values
+        self.out = Linear(self.n_heads * self.head_size, config.d_model, bias=config.bias)
 
     def forward(
         self,
@@ -162,9 +176,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         d_ff = config.ff_sizes[layer]
-        self.gate = nn.Linear(config.d_model, d_ff, bias=config.bias) if config.activation == "swiglu" else None
-        self.up = nn.Linear(config.d_model, d_ff, bias=config.bias)
-        self.down = nn.Linear(d_ff, config.d_model, bias=config.bias)
+        self.gate = Linear(config.d_model, d_ff, bias=config.bias) if config.activation == "swiglu" else None
+        self.up = Linear(config.d_model, d_ff, bias=config.bias)
+        self.down = Linear(d_ff, config.d_model, bias=config.bias)
         self.activation = ACTIVATIONS.get(config.activation)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """40 kB of text with some structure to learn."""
+    words = ["the", "cat", "dog", "sat", "ran", "on", "under", "a", "mat", "tree", "and", "slept", "all", "day"]
+    generator = torch.Generator().manual_seed(0)
+    sentences = []
+    for _ in range(1000):
+        n = int(torch.randint(4, 12, (1,), generator=generator))
+        chosen = torch.randint(len(words), (n,), generator=generator)
+        sentences.append(" ".join(words[i] for i in chosen).capitalize() + ".")
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(sentences))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def command(cache):
+    """Runs a command of the project as a user would; returns the finished process."""
+
+    def run(*arguments: object, status: int | None = 0, torchrun: int = 0, **options) -> subprocess.CompletedProcess:
+        argv = command_line(*arguments, torchrun=torchrun)
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment(cache), timeout=170, **options)
+        if status is not None:
+            assert done.returncode == status, f"{argv}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    return run
+
+
+def command_line(*arguments: object, torchrun: int = 0) -> list[str]:
+    launcher = [sys.executable]
+    if torchrun:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"]
+    return launcher + [str(ROOT / a) if str(a).endswith(".py") else str(a) for a in arguments]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "MINI_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def last_json(done: subprocess.CompletedProcess) -> dict:
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+TINY = ["--tokenizer", "bytes", "--n_layers", 2, "--n_heads", 2, "--d_model", 32, "--max_len", 32, "--batch_size", 8,
+        "--device", "cpu"]  # fmt: skip
