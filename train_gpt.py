@@ -21,7 +21,7 @@ from mini.config import (
 )
 from mini.data import LabelledTexts, LMWindows, PromptAnswers, prepare_tokenizer, prepare_tokens
 from mini.gpt import GPT
-from mini.train import World, describe, train
+from mini.train import World, describe, part_size, train
 
 TASKS = ("lm", "classify", "pairs")
 FINETUNE = dict(
@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
     classes = [RunOptions, ModelConfig, DataConfig, OptimConfig, TrainConfig]
     (run, model_config, data, optim, training), given = parse_flags(argv, classes, __doc__, "laptop", **defaults)
     world = World(training.device)
+    part_size(training, world)  # refuses a batch that cannot be shared out, before any work is done
 
     # A run to start from brings its model's shape and its tokenizer; flags that were given change the rest.
     start = None

@@ -2,3 +2,4 @@
 
 from mini.config import ModelConfig as ModelConfig
 from mini.gpt import GPT as GPT
+from mini.runs import load_run as load_run

@@ -28,10 +28,12 @@ def schedule(step: int, steps: int, config: OptimConfig) -> float:
     return config.min_lr + (1 - config.min_lr) * fall
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Weight decay acts on matrices and embeddings, never on biases and norms.
+    Weight decay acts on matrices and embeddings, never on biases and norms. dtype: of Muon's matrix products.
     """
     muon = config.optimizer == "muon"
     embed_lr = config.embed_lr or (config.lr / 2 if muon else config.lr)
@@ -55,10 +57,10 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     )
     if not hidden:
         return [adamw]
-    return [adamw, Muon(hidden, config.lr, config.momentum, config.weight_decay, fused_qkv_names(model))]
+    return [adamw, Muon(hidden, config.lr, config.momentum, config.weight_decay, qkv_rows(model), dtype)]
 
 
-def fused_qkv_names(model: nn.Module) -> dict[int, list[int]]:
+def qkv_rows(model: nn.Module) -> dict[int, list[int]]:
     """{id of a fused QKV weight: rows of Q, K and V}: Muon orthogonalises each third on its own."""
     splits = {}
     for module in model.modules():
@@ -68,14 +70,14 @@ def fused_qkv_names(model: nn.Module) -> dict[int, list[int]]:
     return splits
 
 
-def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
     """Drives the singular values of each matrix of G (n, rows, cols) towards 1, keeping its singular vectors.
 
     Newton-Schulz iteration X <- aX + (bA + cA²)X, A = XXᵀ; its coefficients trade exactness for speed, so
-    singular values end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon").
+    singular values end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon"). bfloat16 is precise enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16()  # enough: the iteration amplifies no error
+    X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
     if tall:  # the smaller side makes the cheaper A
         X = X.mT
@@ -93,9 +95,10 @@ class Muon(torch.optim.Optimizer):
     Matrices of equal shape are orthogonalised as one batch: with small matrices the time goes into calls.
     """
 
-    def __init__(self, params, lr: float, momentum: float, weight_decay: float, splits: dict[int, list[int]]):
+    def __init__(self, params, lr: float, momentum: float, weight_decay: float, splits: dict, dtype: torch.dtype):
         super().__init__(params, dict(lr=lr, peak_lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.splits = splits
+        self.splits = splits  # {id of a fused weight: the rows of its parts}
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -118,6 +121,6 @@ class Muon(torch.optim.Optimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for (rows, cols), pairs in shapes.items():
-                steps = orthogonalize(torch.stack([part for _, part in pairs]))  # (n, rows, cols)
+                steps = orthogonalize(torch.stack([part for _, part in pairs]), self.dtype)  # (n, rows, cols)
                 scale = max(1.0, rows / cols) ** 0.5  # the same change of a unit input's norm for every shape
                 torch._foreach_add_([t for t, _ in pairs], list(steps.unbind()), alpha=-group["lr"] * scale)

@@ -67,7 +67,10 @@ def read_config(folder: str | Path) -> RunConfig:
     if values.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not written by this version of mini")
     parts = dict(model=ModelConfig, data=DataConfig, optim=OptimConfig, train=TrainConfig)
-    return from_dict(RunConfig, values | {name: from_dict(cls, values[name]) for name, cls in parts.items()})
+    try:
+        return from_dict(RunConfig, values | {name: from_dict(cls, values[name]) for name, cls in parts.items()})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the config of a run ({type(error).__name__}: {error})") from None
 
 
 def is_published(folder: str | Path) -> bool:

@@ -74,7 +74,9 @@ class World:
         return make()
 
     def leave(self) -> None:
+        """Ends together: a process that goes while another still talks to it can take it down."""
         if self.size > 1:
+            dist.barrier()
             dist.destroy_process_group()
 
 
@@ -154,17 +156,13 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
         steps = max(1, round(options.epochs * task.data.n / options.batch_size))
     if task.best and not eval_every:
         eval_every = -(-task.data.n // options.batch_size)
-    part = options.batch_size // (world.size * options.accumulation)  # sequences in one forward pass
-    if part * world.size * options.accumulation != options.batch_size:
-        raise UserError(
-            f"--batch_size {options.batch_size} cannot be cut into {world.size} ranks x {options.accumulation} parts"
-        )
+    part = part_size(options, world)
 
     keep_memory()
     model.to(world.device).train()
     model.stack.checkpoint_activations = options.checkpoint_activations
     dtype = pick_dtype(options.dtype, world.device)
-    optimizers = make_optimizers(model, optim)
+    optimizers = make_optimizers(model, optim, dtype)
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "best": None}
     if checkpoint := runs.newest_checkpoint(folder, world.say):
         state |= runs.load_checkpoint(checkpoint, model, optimizers)
@@ -253,6 +251,16 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
         write_json(folder / "result.json", result)  # last: with it the run counts as finished
         (folder / "best.safetensors").unlink(missing_ok=True)
     return result
+
+
+def part_size(options: TrainConfig, world: World) -> int:
+    """Sequences in one forward pass: the batch is cut equally by ranks, then by accumulation."""
+    size, rest = divmod(options.batch_size, world.size * options.accumulation)
+    if rest:
+        raise UserError(
+            f"--batch_size {options.batch_size} cannot be cut into {world.size} ranks x {options.accumulation} parts"
+        )
+    return size
 
 
 def falls_on(step: int, every: int) -> bool:

@@ -1,0 +1,157 @@
+"""What a user types, bad input included."""
+
+import json
+
+import pytest
+from conftest import TINY, last_json
+
+WORDS = {"good": ["great", "lovely", "fine"], "bad": ["awful", "boring", "dull"]}
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labelled")
+    rows = [f"a {word} film number {i}\t{label}" for i in range(30) for label, words in WORDS.items() for word in words]
+    for name, chosen in (("train.tsv", rows), ("valid.tsv", rows[:12])):
+        (folder / name).write_text("text\tlabel\n" + "\n".join(chosen) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(text_file, cache, tmp_path_factory):
+    """A small pretrained run."""
+    import subprocess
+
+    from conftest import command_line, environment
+
+    folder = tmp_path_factory.mktemp("runs") / "gpt"
+    flags = ["train_gpt.py", "--data", text_file, *TINY, "--steps", 60, "--sample_every", 30, "--out", folder]
+    done = subprocess.run(command_line(*flags), env=environment(cache), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "A sample:" in done.stdout and "python -m mini sample" in done.stdout
+    return folder
+
+
+def test_sample(run, command):
+    greedy = [command("-m", "mini", "sample", run, "The cat", "--temperature", 0, "--max_new_tokens", 40).stdout]
+    greedy.append(
+        command(
+            "-m", "mini", "sample", run, "The cat", "--temperature", 0, "--max_new_tokens", 40, "--use_cache", "false"
+        ).stdout
+    )
+    assert greedy[0] == greedy[1] and greedy[0].startswith("The cat") and len(greedy[0]) > 20
+    several = command("-m", "mini", "sample", run, "The cat", "A dog ran", "--temperature", 0, "--max_new_tokens", 40)
+    assert several.stdout.startswith(greedy[0].rstrip("\n")) and "\nA dog ran" in several.stdout
+    drawn = [command("-m", "mini", "sample", run, "The", "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_classify(run, labelled, tmp_path, command):
+    flags = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv", "--out", tmp_path / "c"]
+    more = ["--epochs", 6, "--lr", 3e-3, "--device", "cpu"]
+    done = command("train_gpt.py", "--task", "classify", "--init", run, *flags, *more)
+    result = last_json(done)
+    assert result["accuracy"] == 1.0 and result["f1"] == 1.0 and result["confusion"] == [[6, 0], [0, 6]]
+    assert set(result["classes"]) == {"good", "bad"} and result["classes"]["good"]["n"] == 6
+    answer = command("-m", "mini", "classify", tmp_path / "c", "a lovely film number 3", "a dull film number 4").stdout
+    assert [line.split("\t")[0] for line in answer.splitlines()] == ["label", "good", "bad"]
+    rows = command("-m", "mini", "classify", tmp_path / "c", labelled / "valid.tsv").stdout.splitlines()
+    assert len(rows) == 13 and rows[1].startswith("good\t")
+    refused = command("-m", "mini", "classify", run, "text", status=2)
+    assert "is not a classifier" in refused.stderr
+
+
+def test_pairs(run, tmp_path, command):
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--train", tmp_path / "pairs.jsonl", "--valid", tmp_path / "pairs.jsonl", "--out", tmp_path / "p"]
+    more = ["--epochs", 150, "--optimizer", "muon", "--lr", 0.02, "--batch_size", 25, "--device", "cpu"]
+    result = last_json(command("train_gpt.py", "--task", "pairs", "--init", run, *flags, *more))
+    assert result["val_loss"] < 0.3
+    answers = [
+        command("-m", "mini", "sample", tmp_path / "p", prompt, "--temperature", 0).stdout.strip()
+        for prompt in ("3+4=",)
+    ]
+    assert answers == ["3+4=7"]
+
+
+def test_tokens_then_train(text_file, tmp_path, command):
+    made = command("-m", "mini", "tokens", text_file, "--out", tmp_path / "tokens", "--vocab_size", 300)
+    assert last_json(made)["train"] > 1000
+    small = ["--n_layers", 1, "--n_heads", 2, "--d_model", 16, "--max_len", 16, "--steps", 2, "--out", tmp_path / "run"]
+    command("train_gpt.py", "--data", tmp_path / "tokens", *small)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["model"]["vocab_size"] == 300
+
+
+def test_bench_measures(command):
+    small = ["--n_layers", 1, "--d_model", 32, "--n_heads", 2, "--max_len", 32, "--vocab_size", 64, "--new_tokens", 8]
+    figures = last_json(command("-m", "mini", "bench", *small, "--steps", 20, "--repeats", 1, "--compile", "false"))
+    assert figures["train_tokens_per_s"] > 0 and figures["generate_tokens_per_s_batch_8"] > 0
+
+
+def refusals(folder):
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("too short")
+    (folder / "latin.txt").write_bytes("naïve ".encode("latin-1") * 100)
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"format": 1, "kind": "parrot"}')
+    (folder / "published").mkdir()
+    (folder / "published" / "config.json").write_text('{"model_type": "t5"}')
+    lm = ["train_gpt.py", *TINY, "--steps", 1, "--out", folder / "run", "--data"]
+    return {
+        "missing": ([*lm, folder / "nowhere.txt"], "nowhere.txt"),
+        "empty": ([*lm, folder / "empty.txt"], "empty.txt"),
+        "short": ([*lm, folder / "short.txt"], "smaller --max_len"),
+        "not utf-8": ([*lm, folder / "latin.txt"], "--errors replace"),
+        "unknown flag": (["train_gpt.py", "--n_layer", 3], "did you mean --n_layers?"),
+        "unknown preset": (["train_gpt.py", "--preset", "gpt3"], "unknown preset gpt3"),
+        "unknown task": (["train_gpt.py", "--task", "sing"], "unknown --task sing"),
+        "indivisible width": (["train_gpt.py", "--d_model", 100, "--n_heads", 3], "not divisible by --n_heads 3"),
+        "indivisible batch": ([*lm, folder / "short.txt", "--max_len", 4, "--accumulation", 3], "cannot be cut"),
+        "no device": (["train_gpt.py", "--device", "cuda:99"], "--device cuda:99"),
+        "no files": (["train_gpt.py", "--task", "classify"], "needs --train FILE and --valid FILE"),
+        "unknown tokenizer": (["train_gpt.py", "--tokenizer", "nonsense"], "nonsense"),
+        "no such run": (["-m", "mini", "sample", folder / "gone", "x"], "no such run folder"),
+        "not a run": (["-m", "mini", "sample", folder, "x"], "not a run folder"),
+        "another kind": (["-m", "mini", "sample", folder / "other", "x"], "other"),
+        "another architecture": (["-m", "mini", "sample", folder / "published", "x"], "t5"),
+        "unknown command": (["-m", "mini", "smaple"], "did you mean sample?"),
+    }
+
+
+CASES = [
+    "missing", "empty", "short", "not utf-8", "unknown flag", "unknown preset", "unknown task", "indivisible width",
+    "indivisible batch", "no device", "no files", "unknown tokenizer", "no such run", "not a run", "another kind",
+    "another architecture", "unknown command",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_status_2(case, tmp_path, command):
+    argv, message = refusals(tmp_path)[case]
+    before = sorted(tmp_path.rglob("*"))
+    done = command(*argv, status=2)
+    assert message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
+
+
+def test_empty_prompt(run, command):
+    done = command("-m", "mini", "sample", run, "", status=2)
+    assert "has no tokens" in done.stderr
+
+
+def test_errors_replace_goes_on(tmp_path, command):
+    (tmp_path / "latin.txt").write_bytes("naïve ".encode("latin-1") * 100)
+    small = [*TINY, "--steps", 1, "--data", tmp_path / "latin.txt", "--out", tmp_path / "run"]
+    command("train_gpt.py", *small, "--errors", "replace")
+
+
+def test_damaged_weights_file(run, tmp_path, command):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "run")
+    weights = tmp_path / "run" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    done = command("-m", "mini", "sample", tmp_path / "run", "x", status=2)
+    assert "model.safetensors" in done.stderr and done.stderr.count("\n") == 1

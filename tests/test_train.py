@@ -1,0 +1,206 @@
+"""The loop's promises: one gradient however the batch is cut, and a run that nothing can disturb."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import TINY, command_line, environment, last_json, metrics
+
+from mini import load_run
+from mini.storage import load_tensors
+
+QUICK = [*TINY, "--sample_every", 0, "--eval_every", 0, "--log_every", 1]
+
+
+def weights_of(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def wait_until_killed_at(step: int, argv: list, folder, cache, number: int) -> subprocess.Popen:
+    """Starts a training and sends it a signal once metrics.jsonl has come to a step."""
+    process = subprocess.Popen(
+        command_line(*argv), env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for _ in range(1200):
+        if process.poll() is not None:
+            raise AssertionError(process.stdout.read())
+        if (folder / "metrics.jsonl").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) >= step:
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.wait(60)
+    return process
+
+
+@pytest.fixture(scope="module")
+def dropout_run(text_file, cache, tmp_path_factory):
+    """An uninterrupted training with dropout, and the flags that made it."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 120, "--checkpoint_every", 10, "--dropout", 0.2]
+    done = subprocess.run(
+        command_line(*flags, "--out", folder), env=environment(cache), capture_output=True, text=True, check=True
+    )
+    return folder, flags, last_json(done)
+
+
+def test_learns_and_leaves_a_whole_run(dropout_run, command):
+    folder, flags, result = dropout_run
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, 121))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+    assert result["val_loss"] == rows[-1]["val_loss"] and result["tokens"] == 120 * 8 * 32
+    assert all(row["tokens_per_s"] > 0 and 0 < row["mfu"] < 1.5 for row in rows)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000100", "step-00000110"]
+    model, tokenizer = load_run(folder)
+    assert not model.training and tokenizer.kind == "bytes"
+    # and the figure it reports is that of the weights it saved
+    text = flags[2].read_bytes()
+    held_out = torch.tensor([[tokenizer.eot, *text[int(len(text) * 0.9) :]]])[:, : 32 * 30 + 1]
+    with torch.no_grad():
+        loss = model.loss(held_out[:, :-1].reshape(30, 32), held_out[:, 1:].reshape(30, 32))["loss"] / 960
+    assert float(loss) == pytest.approx(result["val_loss"], rel=0.1)
+
+
+def test_finished_run_is_not_trained_again(dropout_run, command):
+    folder, flags, result = dropout_run
+    before = weights_of(folder)
+    done = command(*flags, "--out", folder)
+    assert "finished already" in done.stdout + done.stderr and last_json(done) == result
+    assert weights_of(folder) == before
+
+
+def test_sigkill_then_the_same_command(dropout_run, cache, tmp_path, command):
+    whole, flags, _ = dropout_run
+    argv = [*flags, "--out", tmp_path / "run"]
+    killed = wait_until_killed_at(37, argv, tmp_path / "run", cache, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "run" / "model.safetensors").exists()
+    load_run(tmp_path / "run")  # an unfinished run opens too
+    done = command(*argv)
+    assert "going on from" in done.stdout + done.stderr
+    assert weights_of(tmp_path / "run") == weights_of(whole)
+    strip = [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in metrics(tmp_path / "run")]
+    assert strip == [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in metrics(whole)]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_write_a_checkpoint_first(dropout_run, cache, tmp_path, command, number, status):
+    whole, flags, _ = dropout_run
+    argv = [*flags, "--checkpoint_every", 0, "--out", tmp_path / "run"]
+    stopped = wait_until_killed_at(5, argv, tmp_path / "run", cache, number)
+    output = stopped.stdout.read()
+    assert stopped.returncode == status and "Traceback" not in output
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert str(checkpoint) in output
+    command(*argv)
+    assert weights_of(tmp_path / "run") == weights_of(whole)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "state"])
+def test_damaged_checkpoint_is_passed_over(dropout_run, tmp_path, command, damage):
+    whole, flags, _ = dropout_run
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for name in ("model.safetensors", "result.json"):
+        (folder / name).unlink()
+    newest = folder / "checkpoints" / "step-00000110"
+    content = bytearray((newest / "optimizer.safetensors").read_bytes())
+    if damage == "truncate":
+        (newest / "optimizer.safetensors").write_bytes(content[:-100])
+    elif damage == "flip":
+        content[-50] ^= 1
+        (newest / "optimizer.safetensors").write_bytes(content)
+    else:
+        state = json.loads((newest / "state.json").read_text())
+        (newest / "state.json").write_text(json.dumps({**state, "step": 111}))
+    done = command(*flags, "--out", folder)
+    assert "step-00000110 is damaged" in done.stdout + done.stderr
+    assert weights_of(folder) == weights_of(whole)
+
+
+def test_changed_config_is_refused(dropout_run, command):
+    folder, flags, _ = dropout_run
+    before = weights_of(folder)
+    done = command(*flags, "--out", folder, "--lr", 0.5, "--d_model", 64, status=2)
+    assert "d_model was 32, now 64" in done.stderr and "lr was 0.02, now 0.5" in done.stderr
+    assert done.stderr.count("\n") == 1 and weights_of(folder) == before
+    command(*flags, "--out", folder, "--log_every", 7)  # what does not touch the result may change
+
+
+def test_overwrite_begins_anew(dropout_run, tmp_path, command):
+    whole, flags, _ = dropout_run
+    shutil.copytree(whole, tmp_path / "run")
+    command(*flags, "--out", tmp_path / "run", "--steps", 3, "--overwrite", "true")
+    assert len(metrics(tmp_path / "run")) == 3
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    command(*flags, "--out", tmp_path / "precious", "--overwrite", "true", status=2)
+    assert (tmp_path / "precious" / "file").read_text() == "mine"
+
+
+def test_ranks_and_accumulation_change_nothing(text_file, tmp_path, command):
+    """1 rank x 4 parts, 2 x 2 and 4 x 1 train the same model, dropout included; so does one big batch without it."""
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--dtype", "float32", "--steps", 50, "--checkpoint_every", 0]
+    losses, results = {}, {}
+    for ranks, parts, dropout in ((1, 4, 0.1), (2, 2, 0.1), (4, 1, 0.1), (1, 1, 0.0), (1, 2, 0.0)):
+        out = tmp_path / f"{ranks}x{parts}-{dropout}"
+        extra = ["--accumulation", parts, "--dropout", dropout, "--out", out]
+        done = command(*flags, *extra, torchrun=ranks if ranks > 1 else 0)
+        losses[ranks, parts] = [row["loss"] for row in metrics(out)]
+        results[ranks, parts] = last_json(done)
+        assert done.stdout.count('"val_loss"') == 1  # only rank 0 prints
+    for a, b in (((1, 4), (2, 2)), ((1, 4), (4, 1)), ((1, 1), (1, 2))):
+        assert losses[a] == pytest.approx(losses[b], rel=1e-4)
+        assert results[a]["val_loss"] == pytest.approx(results[b]["val_loss"], rel=1e-4)
+        assert results[a]["tokens"] == results[b]["tokens"]
+    assert losses[1, 4] != losses[1, 1]
+
+
+def test_torchrun_can_be_killed_and_goes_on(text_file, tmp_path, command):
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 12, "--checkpoint_every", 5]
+    command(*flags, "--out", tmp_path / "whole", torchrun=2)
+    command(*flags, "--out", tmp_path / "run", torchrun=2)
+    for name in ("model.safetensors", "result.json"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000010")
+    command(*flags, "--out", tmp_path / "run", torchrun=2)
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_divergence_stops_the_run(text_file, tmp_path, command):
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--optimizer", "adamw", "--clip", 0, "--dtype", "float32"]
+    more = ["--lr", 1e37, "--warmup", 0, "--checkpoint_every", 1, "--out", tmp_path / "run"]
+    done = command(*flags, *more, status=2)
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: step ") and "smaller --lr" in error and "step-0000000" in error
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_compiled_training_gives_the_same_losses(text_file, tmp_path, command):
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--dtype", "float32", "--steps", 8]
+    command(*flags, "--out", tmp_path / "eager")
+    done = command(*flags, "--compile", "true", "--out", tmp_path / "compiled")
+    if "torch.compile does not work here" not in done.stdout:
+        eager, compiled = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("eager", "compiled"))
+        assert eager == pytest.approx(compiled, rel=1e-3)
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(text_file, tmp_path, cache):
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 2, "--compile", "true", "--out", tmp_path / "run"]
+    nothing = {**environment(cache), "CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = subprocess.run(command_line(*flags), env=nothing, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch.compile does not work here" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+def test_init_starts_from_the_weights(dropout_run, text_file, tmp_path, command):
+    folder, _, result = dropout_run
+    flags = ["train_gpt.py", "--init", folder, "--data", text_file, "--steps", 1, "--lr", 1e-9, "--optimizer", "adamw"]
+    done = command(*flags, "--eval_every", 0, "--sample_every", 0, "--out", tmp_path / "run")
+    assert last_json(done)["val_loss"] == pytest.approx(result["val_loss"], rel=1e-2)
+    tensors = load_tensors(tmp_path / "run" / "model.safetensors")
+    for name, tensor in load_tensors(folder / "model.safetensors").items():
+        torch.testing.assert_close(tensors[name], tensor, atol=1e-6, rtol=0)
