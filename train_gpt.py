@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from mini.config import (
 )
 from mini.data import LabelledTexts, LMWindows, PromptAnswers, prepare_tokenizer, prepare_tokens
 from mini.gpt import GPT
-from mini.train import World, describe, part_size, train
+from mini.train import World, part_size, train
 
 TASKS = ("lm", "classify", "pairs")
 FINETUNE = dict(
@@ -80,33 +81,52 @@ def main(argv: list[str]) -> None:
             runs.start_from(model, start, run.init)
         if task_name == "classify" and not model_config.tied:
             model.head.requires_grad_(False)  # a classifier predicts no tokens
-        world.say(summary(model, config, examples, world))
+        world.say(prologue(model, task, world))
         result = train(model, task, config, out, world)
 
     if world.main:
-        print(f"\n{describe(result)}")
+        print("\n" + epilogue(result))
         if task_name == "lm":
             model, _ = runs.load_run(out, world.device)
             print("\nA sample:\n" + "\n".join("    " + line for line in task.sample(model).splitlines()))
-        print(f"\nThe run is in {out}. {WHAT_NEXT[task_name].format(out=out)}")
+        print(f"\nThe run is in {out}. Next: {WHAT_NEXT[task_name].format(out=out)}")
         print(json.dumps(result))
     world.leave()
 
 
 WHAT_NEXT = {
-    "lm": 'Next: python -m mini sample {out} "The "',
-    "classify": 'Next: python -m mini classify {out} "some text"',
-    "pairs": 'Next: python -m mini sample {out} "some prompt"',
+    "lm": 'python -m mini sample {out} "The "',
+    "classify": 'python -m mini classify {out} "some text"',
+    "pairs": 'python -m mini sample {out} "some prompt"',
 }
 
 
-def summary(model: GPT, config: runs.RunConfig, examples, world: World) -> str:
+def prologue(model: GPT, task, world: World) -> str:
     c = model.config
     return (
-        f"GPT with {model.num_params():,} parameters: {c.n_layers} layers, d_model {c.d_model}, max_len {c.max_len}, "
-        f"vocabulary {c.vocab_size:,}\n"
-        f"{examples.n:,} training examples; {world.size} process(es) on {world.device}"
+        f"GPT with {model.num_params():,} parameters: {c.n_layers} layers, d_model {c.d_model}, "
+        f"max_len {c.max_len}, vocabulary {c.vocab_size:,}\n"
+        f"{task.data.n:,} training examples; {world.size} process{'es' * (world.size > 1)} on {world.device}"
     )
+
+
+def epilogue(result: dict) -> str:
+    lines = [f"Validation loss {result['val_loss']:.4f} nats"]
+    if "val_bpb" in result:
+        lines[0] += f" per token (perplexity {math.exp(result['val_loss']):.2f}), {result['val_bpb']:.4f} bits per byte"
+    if "accuracy" in result:
+        lines[0] += (
+            f"; accuracy {result['accuracy']:.4f} (largest class {result['majority']:.4f}), macro F1 {result['f1']:.4f}"
+        )
+        lines.append(f"{'':16} precision  recall      F1  | predicted {', '.join(result['classes'])}")
+        for (name, row), counts in zip(result["classes"].items(), result["confusion"], strict=True):
+            rates = f"{row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f}"
+            lines.append(f"{name[:16]:16} {rates}  | {' '.join(map(str, counts))}")
+    lines.append(f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s")
+    lines[-1] += f" ({result['tokens_per_s']:,.0f} tokens/s while training"
+    if "mfu" in result:
+        lines[-1] += f", {result['mfu']:.0%} of this device's {result['dtype']} matmul speed"
+    return "\n".join(lines) + ")"
 
 
 if __name__ == "__main__":

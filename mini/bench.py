@@ -2,6 +2,7 @@
 
 import json
 import platform
+import resource
 import statistics
 import tempfile
 import time
@@ -12,29 +13,35 @@ import numpy as np
 import torch
 
 from mini import runs, tasks
-from mini.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, option
-from mini.data import LMWindows
+from mini.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, option, parse_flags
+from mini.corpus import open_corpus
+from mini.data import BPE_BYTES, LMWindows, prepare_tokens
 from mini.gpt import GPT
 from mini.report import matmul_speed, synchronize
-from mini.tokenizer import ByteTokenizer
-from mini.tokens import TokenFile
+from mini.tokenizer import ByteTokenizer, train_bpe
+from mini.tokens import TokenFile, write_tokens
 from mini.train import World, pick_dtype, train
 
 
 @dataclass
 class BenchOptions:
-    """Measure training and generation speed. The sizes of the model are flags; the text is random."""
+    """Measure training, generation and tokenization. The sizes of the model are flags, its text is random."""
 
-    what: str = option("all", "train, generate, or all", ("all", "train", "generate"))
+    what: str = option(
+        "all",
+        "train and generate, one of them, char (the preset, whole) or tokens (of --data)",
+        ("all", "train", "generate", "char", "tokens"),
+    )
     batch_size: int = option(8, "sequences of a training step")
     steps: int = option(40, "training steps; the first quarter warms up")
     batches: str = option("1,8", "batch sizes to generate with")
     new_tokens: int = option(128, "tokens to generate greedily for each prompt")
     repeats: int = option(5, "generations, of which the median counts")
     optimizer: str = option("adamw", "of the training", ("adamw", "muon"))
+    data: str = option("tinyshakespeare", "the text of char and tokens: a file, a folder or a known corpus")
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("auto", "as in training", ("auto", "bfloat16", "float32"))
-    compile: str = option("true", "torch.compile", ("true", "false"))
+    compile: str = option("auto", "torch.compile; auto: for generation, and on GPUs", ("auto", "true", "false"))
 
 
 def run(options: BenchOptions, config: ModelConfig, given: set[str]) -> None:
@@ -59,6 +66,12 @@ def run(options: BenchOptions, config: ModelConfig, given: set[str]) -> None:
                 options, config, batch, dtype, world
             )
             world.say(f"generation, batch {batch}: {rate:,.0f} tokens/s")
+    if options.what == "char":
+        figures |= char_preset(options, world)
+        world.say(f"char: {figures['val_loss']:.4f} nats/byte after {figures['seconds']:.1f} s")
+    if options.what == "tokens":
+        figures |= tokenization(options, config)
+        world.say(", ".join(f"{name} {value:,.1f}" for name, value in figures.items() if isinstance(value, float)))
     print(json.dumps(figures))
 
 
@@ -96,7 +109,40 @@ def generation_speed(options: BenchOptions, config: ModelConfig, batch: int, dty
     for _ in range(1 + options.repeats):
         synchronize(world.device)
         start = time.perf_counter()
-        model.generate(prompt, options.new_tokens, compile=options.compile == "true")
+        model.generate(prompt, options.new_tokens, compile=options.compile != "false")
         synchronize(world.device)
         times.append(time.perf_counter() - start)
     return batch * options.new_tokens / statistics.median(times[1:])
+
+
+def char_preset(options: BenchOptions, world: World) -> dict:
+    """The whole run of --preset char: its final validation loss, and the seconds it took from the first step."""
+    (config, data, optim, training), _ = parse_flags(
+        ["--data", options.data, "--device", options.device, "--dtype", options.dtype, "--compile", options.compile],
+        [ModelConfig, DataConfig, OptimConfig, TrainConfig], "", "char", sample_every=0,
+    )  # fmt: skip
+    folder, tokenizer = prepare_tokens(data, config.vocab_size, None)
+    config.vocab_size = tokenizer.vocab_size
+    task = tasks.LanguageModelling(
+        LMWindows(folder.train, folder.valid, tokenizer, config.max_len, training.seed), tokenizer
+    )
+    torch.manual_seed(training.seed)
+    with tempfile.TemporaryDirectory() as out:
+        run_config = runs.RunConfig("gpt", "lm", config, data, optim, training)
+        return train(GPT(config), task, run_config, Path(out), world)
+
+
+def tokenization(options: BenchOptions, config: ModelConfig) -> dict:
+    """BPE training and encoding of --data, nothing cached, and the most memory this process ever held."""
+    train_split, valid_split = open_corpus(options.data)
+    start = time.perf_counter()
+    tokenizer = train_bpe(train_split.texts(limit=BPE_BYTES), config.vocab_size)
+    trained = time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        write_tokens({"train": train_split, "valid": valid_split}, tokenizer, Path(out) / "tokens")
+    seconds = time.perf_counter() - trained
+    return {
+        "bpe_training_seconds": trained - start,
+        "encoding_mb_per_s": (train_split.n_bytes + valid_split.n_bytes) / 1e6 / seconds,
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts in KiB
+    }

@@ -239,15 +239,18 @@ def published_config(published: dict, folder: str | Path) -> ModelConfig:
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if published.get(name):
             raise UserError(f"{folder}/config.json: {name} is not supported")
-    return ModelConfig(
-        n_layers=published["n_layer"],
-        n_heads=published["n_head"],
-        d_model=published["n_embd"],
-        d_ff=published.get("n_inner") or 0,
-        max_len=published.get("n_positions") or published["n_ctx"],
-        vocab_size=published["vocab_size"],
-        norm_eps=published.get("layer_norm_epsilon", 1e-5),
-        activation=PUBLISHED_ACTIVATIONS[activation],
-        dropout=published.get("resid_pdrop", 0.1),
-        tied=published.get("tie_word_embeddings", True),
-    )
+    try:
+        return ModelConfig(
+            n_layers=published["n_layer"],
+            n_heads=published["n_head"],
+            d_model=published["n_embd"],
+            d_ff=published.get("n_inner") or 0,
+            max_len=published.get("n_positions") or published["n_ctx"],
+            vocab_size=published["vocab_size"],
+            norm_eps=published.get("layer_norm_epsilon", 1e-5),
+            activation=PUBLISHED_ACTIVATIONS[activation],
+            dropout=published.get("resid_pdrop", 0.1),
+            tied=published.get("tie_word_embeddings", True),
+        )
+    except KeyError as error:
+        raise UserError(f"{folder}/config.json has no {error}") from None

@@ -230,11 +230,8 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
                     world.say(f"interrupted: {saved} is written; the same command goes on from there")
                 raise SystemExit(128 + stop)
 
-    if task.best:
-        load_weights(model, load_tensors(folder / "best.safetensors"), folder)
-        figures = state["best"]
     result = {
-        **figures,
+        **(state["best"] if task.best else figures),
         "steps": steps,
         "tokens": state["tokens"],
         "tokens_per_s": state["tokens"] / state["train_seconds"],
@@ -246,6 +243,8 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
     if task.fixed_shape:
         result["mfu"] = result["tokens_per_s"] * work / peak
     if world.main:
+        if task.best:
+            load_weights(model, load_tensors(folder / "best.safetensors"), folder)
         save_tensors(folder / "model.safetensors", weights(model))
         plot_metrics(runs.read_metrics(folder), folder / "loss.png")
         write_json(folder / "result.json", result)  # last: with it the run counts as finished
@@ -286,10 +285,10 @@ def backward(
     batches = [task.data.batch(np.arange(start, start + part)) for start in starts]
     names = [name for name in batches[0].counts if name != "bytes"]
     counts = [sum(batch.counts[name] for batch in batches) for name in names]
-    totals = torch.tensor([*counts, sum(batch.n_tokens for batch in batches)], dtype=torch.float64)
-    *counts, n_tokens = world.sum(totals.to(world.device, non_blocking=True)).tolist()
+    totals = torch.tensor([*counts, sum(batch.n_tokens for batch in batches)], device=world.device)
+    *counts, n_tokens = world.sum(totals).tolist()
 
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(len(names), device=world.device)
     for start, batch in zip(starts, batches, strict=True):
         torch.manual_seed(mix(options.seed, step, start))  # dropout, the same wherever this part is computed
         # Ranks exchange gradients once, with the last part; DDP looks at this during the forward pass.
@@ -299,14 +298,13 @@ def backward(
                 losses = objective(batch.to(world.device).inputs)
             # DDP averages over the ranks, where a sum is wanted
             sum(world.size / count * losses[name] for name, count in zip(names, counts, strict=True)).backward()
-        sums[:-1] += torch.stack([losses[name].detach().double() for name in names])
-    sums[-1] = stop
+        sums += torch.stack([losses[name].detach() for name in names])
     if world.size > 1:
-        stop_too = sums[-1:].clone()
-        dist.all_reduce(stop_too, dist.ReduceOp.MAX)
-        stop = int(stop_too)
-    values = world.sum(sums[:-1]).tolist()
-    return {name: v / c for name, v, c in zip(names, values, counts, strict=True)}, int(n_tokens), stop
+        signals = torch.tensor(stop, device=world.device)
+        dist.all_reduce(signals, dist.ReduceOp.MAX)
+        stop = int(signals)
+    values = world.sum(sums).tolist()
+    return {name: v / c for name, v, c in zip(names, values, counts, strict=True)}, n_tokens, stop
 
 
 def clip_gradients(model: nn.Module, limit: float) -> float:
@@ -330,7 +328,7 @@ def evaluate(model: nn.Module, task, world: World, dtype: torch.dtype, batch_siz
                 measured = task.measure(model, batch.to(world.device).inputs)
             measured |= {f"count/{name}": torch.tensor(float(count)) for name, count in batch.counts.items()}
             for name, value in measured.items():
-                value = value.double().to("cpu") * mine
+                value = value.cpu().double() * mine
                 sums[name] = sums[name] + value if name in sums else value
             progress.update()
     if world.size > 1:
