@@ -192,7 +192,10 @@ GPT2 = dict(
     checkpoint_every=1000,
 )  # fmt: skip
 PRESETS: dict[str, dict] = {
-    "laptop": dict(MODERN, n_layers=6, n_heads=4, d_model=256, max_len=256, vocab_size=4096, steps=600),
+    "laptop": dict(
+        MODERN, n_layers=6, n_heads=4, d_model=256, max_len=256, vocab_size=2048, lr=0.01, weight_decay=0.1,
+        steps=420, eval_every=140, sample_every=140, checkpoint_every=140,
+    ),
     "char": dict(
         MODERN, n_layers=4, n_heads=4, d_model=128, max_len=64, tokenizer="bytes", data="tinyshakespeare",
         batch_size=12, steps=2000, eval_every=500,

@@ -255,7 +255,9 @@ def read_metrics(folder: Path) -> list[dict]:
     return rows
 
 
-def rewind_metrics(folder: Path, step: int) -> None:
-    """Drops what was logged after the checkpoint from which a run goes on."""
+def rewind(folder: Path, step: int) -> None:
+    """Drops what was logged after the checkpoint from which a run goes on, and a checkpoint that was never whole."""
+    for unfinished in (folder / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(unfinished)
     text = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
     write_text(folder / "metrics.jsonl", text)

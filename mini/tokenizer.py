@@ -333,8 +333,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if "kind" in saved:  # if not, it is another program's: published folders often hold a file of this name
         return load_saved(path, saved)
     if (folder / "vocab.json").is_file():
-        return load_published_gpt2(folder / "vocab.json")
-    raise UserError(f"{folder}: no tokenizer: neither tokenizer.json of a run nor vocab.json of GPT-2")
+        return load_published_gpt2(folder / "vocab.json", read_json(folder / "vocab.json"))
+    if isinstance(saved.get("model"), dict) and "vocab" in saved["model"]:
+        return load_published_gpt2(path, saved["model"]["vocab"])
+    raise UserError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.json of GPT-2")
 
 
 def load_saved(path: Path, saved: dict) -> Tokenizer:
@@ -370,8 +372,8 @@ def load_ranks(path: str | Path) -> dict[bytes, int]:
     return checked_ranks(entries, path)
 
 
-def load_published_gpt2(path: Path) -> BPETokenizer:
-    """vocab.json as published with GPT-2: {token: id}, each byte of a token shown as a printable character.
+def load_published_gpt2(path: Path, vocab: dict[str, int]) -> BPETokenizer:
+    """The vocabulary published with GPT-2, {token: id}, each byte of a token shown as a printable character.
 
     Ids are taken as ranks: GPT-2 numbers its tokens in the order of its merges.
     """
@@ -381,7 +383,7 @@ def load_published_gpt2(path: Path) -> BPETokenizer:
     others = [b for b in range(256) if b not in printable]
     byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     try:
-        entries = [(str(path), bytes(byte[c] for c in token), i) for token, i in read_json(path).items()]
+        entries = [(str(path), bytes(byte[c] for c in token), i) for token, i in vocab.items()]
     except (KeyError, AttributeError) as error:
         raise UserError(f"{path}: not GPT-2's {{token: id}} ({type(error).__name__}: {error})") from None
     ranks = checked_ranks(entries, path)

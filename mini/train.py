@@ -168,7 +168,7 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
         state |= runs.load_checkpoint(checkpoint, model, optimizers)
         world.say(f"going on from {checkpoint}")
     if world.main:
-        runs.rewind_metrics(folder, state["step"])
+        runs.rewind(folder, state["step"])
 
     objective: nn.Module = Objective(model, task)
     work = 3 * flops_per_token(model, model.config.max_len)  # FLOPs per token of training

@@ -275,6 +275,9 @@ def test_gpt2_ids(tmp_path):
     published = make_tokenizer(str(folder), lambda: pytest.fail("nothing to train"), 0)
     assert published.fingerprint == gpt2.fingerprint
     assert published.encode("Hello, world!") == [15496, 11, 995, 0] and published.eot == 15497
+    (folder / "vocab.json").unlink()  # newer folders have the vocabulary in tokenizer.json alone
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"vocab": vocabulary}}))
+    assert load_tokenizer(folder).fingerprint == gpt2.fingerprint
 
 
 def test_save_and_load(tmp_path, tokenizer):
