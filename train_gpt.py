@@ -15,16 +15,21 @@ from mini.config import (
     RunOptions,
     TrainConfig,
     UserError,
-    nearest,
     parse_flags,
     peek,
     run_command,
 )
-from mini.data import LabelledTexts, LMWindows, PromptAnswers, prepare_tokenizer, prepare_tokens
+from mini.data import (
+    LabelledTexts,
+    LMWindows,
+    PromptAnswers,
+    init_tokenizer,
+    labelled_tokenizer,
+    prepare_tokens,
+)
 from mini.gpt import GPT
 from mini.train import World, part_size, train
 
-TASKS = ("lm", "classify", "pairs")
 FINETUNE = dict(
     optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,
     epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
@@ -33,24 +38,28 @@ FINETUNE = dict(
 
 def main(argv: list[str]) -> None:
     task_name = peek(argv, "task", "lm")
-    if task_name not in TASKS:
-        raise UserError(f"unknown --task {task_name}{nearest(task_name, TASKS)}: choose one of {', '.join(TASKS)}")
     defaults = dict(out="out/gpt") if task_name == "lm" else FINETUNE | dict(out=f"out/gpt-{task_name}")
     classes = [RunOptions, ModelConfig, DataConfig, OptimConfig, TrainConfig]
     (run, model_config, data, optim, training), given = parse_flags(argv, classes, __doc__, "laptop", **defaults)
+    if "steps" in given:
+        if training.epochs and "epochs" in given:
+            raise UserError("--steps and --epochs: give one of them")
+        training.epochs = 0.0
     world = World(training.device)
     part_size(training, world)  # refuses a batch that cannot be shared out, before any work is done
 
     # A run to start from brings its model's shape and its tokenizer; flags that were given change the rest.
-    start = None
+    start, tokenizer, start_labels = None, None, []
     if run.init:
-        start, _ = runs.load_run(run.init, kind="gpt")
+        start, start_labels = runs.load_model(run.init, kind="gpt"), runs.read_labels(run.init)
+        tokenizer = init_tokenizer(run.init, data.tokenizer if "tokenizer" in given else None)
         flags = {name: getattr(model_config, name) for name in given if hasattr(model_config, name)}
         model_config = dataclasses.replace(start.config, n_classes=0, **flags)
 
     # Text -> tokens -> the examples of each step.
     if task_name == "lm":
-        folder, tokenizer = world.main_first(lambda: prepare_tokens(data, model_config.vocab_size, run.init))
+        vocab_size = model_config.vocab_size
+        folder, tokenizer = world.main_first(lambda: prepare_tokens(data, vocab_size, tokenizer, given))
         examples = LMWindows(folder.train, folder.valid, tokenizer, model_config.max_len, training.seed)
         task = tasks.LanguageModelling(examples, tokenizer)
         tokens, labels = f"{folder.train.sha256}-{folder.valid.sha256}", []
@@ -58,14 +67,23 @@ def main(argv: list[str]) -> None:
         if not data.train or not data.valid:
             raise UserError(f"--task {task_name} needs --train FILE and --valid FILE")
         columns = ["text"] if task_name == "classify" else ["prompt", "answer"]
-        tokenizer = prepare_tokenizer(data, columns, model_config.vocab_size, run.init)
+        tokenizer = tokenizer or labelled_tokenizer(data, columns, model_config.vocab_size)
         kind = LabelledTexts if task_name == "classify" else PromptAnswers
         examples = kind(data.train, data.valid, tokenizer, model_config.max_len, training.seed)
         task = tasks.Classification(examples) if task_name == "classify" else tasks.Answering(examples, tokenizer)
-        tokens, labels = examples.checksum, getattr(examples, "labels", [])
+        tokens, labels = examples.checksum, examples.labels if task_name == "classify" else []
+
+    # The model.
     if not start:
         model_config.vocab_size = tokenizer.vocab_size
+    runs.check_vocabulary(model_config, tokenizer, run.init or data.tokenizer)
     model_config.n_classes = len(labels)
+    torch.manual_seed(training.seed)
+    model = GPT(model_config)
+    if start:
+        runs.start_from(model, start, run.init, keep_head=labels == start_labels)
+    if task_name == "classify" and not model_config.tied:
+        model.head.requires_grad_(False)  # a classifier predicts no tokens
 
     # The folder, new or going on.
     config = runs.RunConfig("gpt", task_name, model_config, data, optim, training, run.init, labels, tokens)
@@ -75,12 +93,6 @@ def main(argv: list[str]) -> None:
     if result:
         world.say(f"{out} is finished already: --overwrite true trains it anew, another --out trains another")
     else:
-        torch.manual_seed(training.seed)
-        model = GPT(model_config)
-        if start:
-            runs.start_from(model, start, run.init)
-        if task_name == "classify" and not model_config.tied:
-            model.head.requires_grad_(False)  # a classifier predicts no tokens
         world.say(prologue(model, task, world))
         result = train(model, task, config, out, world)
 
@@ -113,11 +125,11 @@ def prologue(model: GPT, task, world: World) -> str:
 def epilogue(result: dict) -> str:
     lines = [f"Validation loss {result['val_loss']:.4f} nats"]
     if "val_bpb" in result:
-        lines[0] += f" per token (perplexity {math.exp(result['val_loss']):.2f}), {result['val_bpb']:.4f} bits per byte"
+        perplexity = math.exp(min(result["val_loss"], 99))
+        lines[0] += f" per token (perplexity {perplexity:.4g}), {result['val_bpb']:.4f} bits per byte"
     if "accuracy" in result:
-        lines[0] += (
-            f"; accuracy {result['accuracy']:.4f} (largest class {result['majority']:.4f}), macro F1 {result['f1']:.4f}"
-        )
+        lines[0] += f", accuracy {result['accuracy']:.4f} (always the largest class: {result['majority']:.4f})"
+        lines[0] += f", macro F1 {result['f1']:.4f}"
         lines.append(f"{'':16} precision  recall      F1  | predicted {', '.join(result['classes'])}")
         for (name, row), counts in zip(result["classes"].items(), result["confusion"], strict=True):
             rates = f"{row['precision']:9.4f} {row['recall']:7.4f} {row['f1']:7.4f}"

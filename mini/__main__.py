@@ -11,10 +11,10 @@ import torch
 from tqdm import tqdm
 
 from mini import bench as benchmarks
-from mini.config import DataConfig, ModelConfig, UserError, nearest, option, parse_flags, run_command
+from mini.config import DataConfig, ModelConfig, UserError, check, nearest, option, parse_flags, run_command
 from mini.data import pad, read_rows, text_ids, write_token_folder
 from mini.runs import load_run, read_config
-from mini.train import pick_device
+from mini.train import can_compile, pick_device
 
 
 @dataclass
@@ -25,24 +25,21 @@ class SampleOptions:
     prompts: list[str] = field(
         default_factory=list, metadata=dict(help="text to go on from", choices=(), positional="+")
     )
-    max_new_tokens: int = option(200, "tokens to add at most")
-    temperature: float = option(0.8, "0: always the likeliest token; 1: as the model says; more: wilder")
-    top_k: int = option(0, "draw from the k likeliest tokens; 0: from all")
-    top_p: float = option(0.95, "draw from the fewest tokens with this much probability together; 1: all")
+    max_new_tokens: int = option(200, "tokens to add at most", low=1)
+    temperature: float = option(
+        0.8, "0: always the likeliest token; 1: as the model says; more: wilder", low=0, high=1e6
+    )
+    top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", low=0)
+    top_p: float = option(0.95, "draw from the fewest tokens with this much probability together", low=1e-6, high=1)
     stop: str | None = option(None, "a token's text that ends the answer, beside <|endoftext|>")
-    seed: int = option(0, "of the draw")
+    seed: int = option(0, "of the draw", low=0, high=2**63 - 1)
     use_cache: bool = option(True, "keep keys and values of earlier tokens; the text is the same without, later")
     compile: bool = option(False, "compile the step of one token: pays from some thousand tokens on")
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("float32", "of weights and cache", ("float32", "bfloat16"))
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise UserError(f"--temperature {self.temperature}: must not be negative")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p {self.top_p}: must lie above 0 and at most at 1")
-        if self.top_k < 0 or self.max_new_tokens < 1:
-            raise UserError("--top_k must not be negative, and --max_new_tokens at least 1")
+        check(self)
 
 
 def sample(argv: list[str]) -> None:
@@ -66,7 +63,7 @@ def sample(argv: list[str]) -> None:
         top_p=options.top_p if options.top_p < 1 else None,
         stop=stop,
         use_cache=options.use_cache,
-        compile=options.compile,
+        compile=options.compile and can_compile(device, tqdm.write),
         generator=torch.Generator(device).manual_seed(options.seed),
         lengths=torch.tensor([len(row) for row in rows], device=device),
     )
@@ -94,8 +91,11 @@ class ClassifyOptions:
         default_factory=list,
         metadata=dict(help="texts, or one .tsv, .csv or .jsonl file with a text column", choices=(), positional="+"),
     )
-    batch_size: int = option(32, "texts at a time")
+    batch_size: int = option(32, "texts at a time", low=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
+
+    def __post_init__(self):
+        check(self)
 
 
 def classify(argv: list[str]) -> None:
@@ -131,8 +131,11 @@ class TokensOptions:
         ),
     )
     out: str = option("", "the folder to make")
-    vocab_size: int = option(8192, "tokens of a trained BPE")
-    workers: int = option(0, "threads that encode; 0: one per core")
+    vocab_size: int = option(8192, "tokens of a trained BPE", low=1)
+    workers: int = option(0, "threads that encode; 0: one per core", low=0)
+
+    def __post_init__(self):
+        check(self)
 
 
 def tokens(argv: list[str]) -> None:
@@ -141,7 +144,7 @@ def tokens(argv: list[str]) -> None:
         raise UserError("name the folder to make with --out DIR")
     files = options.files[0] if len(options.files) == 1 else options.files
     data = dataclasses.replace(data, data=files)
-    folder = write_token_folder(data, options.vocab_size, Path(options.out), options.workers or None)
+    folder = write_token_folder(data, options.vocab_size, None, Path(options.out), options.workers or None)
     splits = folder.meta["splits"]
     for name, split in splits.items():
         print(

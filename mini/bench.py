@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from mini import runs, tasks
-from mini.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, option, parse_flags
+from mini.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, check, option, parse_flags
 from mini.corpus import open_corpus
 from mini.data import BPE_BYTES, LMWindows, prepare_tokens
 from mini.gpt import GPT
 from mini.report import matmul_speed, synchronize
 from mini.tokenizer import ByteTokenizer, train_bpe
 from mini.tokens import TokenFile, write_tokens
-from mini.train import World, pick_dtype, train
+from mini.train import World, can_compile, pick_dtype, train
 
 
 @dataclass
@@ -32,16 +32,21 @@ class BenchOptions:
         "train and generate, one of them, char (the preset, whole) or tokens (of --data)",
         ("all", "train", "generate", "char", "tokens"),
     )
-    batch_size: int = option(8, "sequences of a training step")
-    steps: int = option(40, "training steps; the first quarter warms up")
+    batch_size: int = option(8, "sequences of a training step", low=1)
+    steps: int = option(40, "training steps; the first quarter warms up", low=20)
     batches: str = option("1,8", "batch sizes to generate with")
-    new_tokens: int = option(128, "tokens to generate greedily for each prompt")
-    repeats: int = option(5, "generations, of which the median counts")
+    new_tokens: int = option(128, "tokens to generate greedily for each prompt", low=1)
+    repeats: int = option(5, "generations, of which the median counts", low=1)
     optimizer: str = option("adamw", "of the training", ("adamw", "muon"))
     data: str = option("tinyshakespeare", "the text of char and tokens: a file, a folder or a known corpus")
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("auto", "as in training", ("auto", "bfloat16", "float32"))
     compile: str = option("auto", "torch.compile; auto: for generation, and on GPUs", ("auto", "true", "false"))
+
+    def __post_init__(self):
+        check(self)
+        if not all(part.isdigit() and int(part) for part in self.batches.split(",")):
+            raise UserError(f"--batches {self.batches}: expected numbers such as 1,8")
 
 
 def run(options: BenchOptions, config: ModelConfig, given: set[str]) -> None:
@@ -105,11 +110,12 @@ def generation_speed(options: BenchOptions, config: ModelConfig, batch: int, dty
     torch.manual_seed(0)
     model = GPT(config).to(world.device, dtype).eval()
     prompt = torch.randint(config.vocab_size, (batch, 8), device=world.device)
+    compiled = options.compile != "false" and can_compile(world.device, world.say)
     times = []
     for _ in range(1 + options.repeats):
         synchronize(world.device)
         start = time.perf_counter()
-        model.generate(prompt, options.new_tokens, compile=options.compile != "false")
+        model.generate(prompt, options.new_tokens, compile=compiled)
         synchronize(world.device)
         times.append(time.perf_counter() - start)
     return batch * options.new_tokens / statistics.median(times[1:])

@@ -6,6 +6,7 @@ An idea for an ablation is a field of ModelConfig and the place in transformer.p
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import sys
 import types
@@ -18,40 +19,55 @@ class UserError(Exception):
     """A user's mistake or a broken input: shown as one line, exit status 2, no traceback."""
 
 
-def option(default, help: str, choices: tuple[str, ...] = (), **extra):
-    """A dataclass field with its line of --help.
+def option(default, help: str, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf, **extra):
+    """A dataclass field with its line of --help, and what it may be: one of the choices, or within low..high.
 
     extra: flag=False is no flag, resume=True may differ when a run goes on, positional="1" or "+" has no --name.
     """
-    metadata = {"help": help, "choices": choices, **extra}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, **extra))
+
+
+def check(config) -> None:
+    """Raises UserError for a value outside its field's choices or bounds; nan is outside of all."""
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices", ())
+        if choices and value not in choices:
+            raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}{nearest(str(value), choices)}")
+        low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not low <= number <= high:
+                least = f"at least {low:g}" if low > -math.inf else ""
+                most = f"at most {high:g}" if high < math.inf else ""
+                raise UserError(
+                    f"--{f.name} {number}: must be {' and '.join(filter(None, [least, most])) or 'a number'}"
+                )
 
 
 @dataclass
 class ModelConfig:
     """The model. A GPT and a BERT differ in these values only; the defaults are GPT-2's ways, small."""
 
-    n_layers: int = option(6, "number of blocks")
-    n_heads: int | list[int] = option(6, "attention heads; one number, or one for each layer: 6,6,4")
-    n_kv_heads: int = option(0, "key/value heads, each shared by n_heads/n_kv_heads queries; 0: n_heads")
-    d_model: int = option(384, "width of the residual stream (C)")
-    d_head: int = option(0, "width of a head (D); 0: d_model / n_heads")
-    d_ff: int | list[int] = option(0, "hidden width of the MLP, or one for each layer; 0: 4 d_model")
-    max_len: int = option(256, "longest context in tokens (T)")
-    vocab_size: int = option(4096, "tokens of a trained BPE; any other tokenizer sets it")
-    vocab_multiple: int = option(1, "pad the embedding's rows to a multiple (64 is fast on GPUs); same loss")
+    n_layers: int = option(6, "number of blocks", low=1)
+    n_heads: int | list[int] = option(6, "attention heads; one number, or one for each layer: 6,6,4", low=1)
+    n_kv_heads: int = option(0, "key/value heads, each shared by n_heads/n_kv_heads queries; 0: n_heads", low=0)
+    d_model: int = option(384, "width of the residual stream (C)", low=1)
+    d_head: int = option(0, "width of a head (D); 0: d_model / n_heads", low=0)
+    d_ff: int | list[int] = option(0, "hidden width of the MLP, or one for each layer; 0: 4 d_model", low=0)
+    max_len: int = option(256, "longest context in tokens (T)", low=1)
+    vocab_size: int = option(4096, "tokens of a trained BPE; any other tokenizer sets it", low=1)
+    vocab_multiple: int = option(1, "pad the embedding's rows to a multiple (64 is fast on GPUs); same loss", low=1)
     norm: str = option("layernorm", "normalisation", ("layernorm", "rmsnorm"))
     norm_place: str = option("pre", "norm before each sublayer (GPT-2) or after its sum (BERT)", ("pre", "post"))
-    norm_eps: float = option(1e-5, "epsilon of the normalisation")
+    norm_eps: float = option(1e-5, "epsilon of the normalisation", low=0)
     positions: str = option("learned", "position encoding", ("learned", "rope", "sinusoidal", "none"))
-    rope_base: float = option(10000.0, "longest wavelength of RoPE, divided by 2 pi, in tokens")
+    rope_base: float = option(10000.0, "longest wavelength of RoPE, divided by 2 pi, in tokens", low=1)
     activation: str = option("gelu_tanh", "nonlinearity of the MLP", ("gelu", "gelu_tanh", "relu2", "swiglu"))
     qk_norm: bool = option(False, "normalise each query and key head (RMS) before their product")
     bias: bool = option(True, "biases in linear layers and LayerNorms")
     tied: bool = option(True, "the output head is the token embedding")
     zero_init: bool = option(False, "start the residual projections (and an untied head) at zero")
-    logit_softcap: float = option(0.0, "c tanh(logits / c); 0: off")
-    dropout: float = option(0.0, "dropout of embeddings, attention weights and sublayer outputs")
+    logit_softcap: float = option(0.0, "c tanh(logits / c); 0: off", low=0)
+    dropout: float = option(0.0, "dropout of embeddings, attention weights and sublayer outputs", low=0, high=0.99)
     attention: str = option(
         "auto", "the written-out equations, PyTorch's fused call, or the faster", ("auto", "reference", "fused")
     )
@@ -59,16 +75,11 @@ class ModelConfig:
     n_classes: int = option(0, "classes of a classification head; 0: none", flag=False)
 
     def __post_init__(self):
-        check_choices(self)
-        for name in ("n_layers", "d_model", "max_len", "vocab_size", "vocab_multiple"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        check(self)
         for name in ("n_heads", "d_ff"):
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != self.n_layers:
                 raise UserError(f"--{name} lists {len(values)} values for {self.n_layers} layers: give one for each")
-            if min(self.layers(name)) < (1 if name == "n_heads" else 0):
-                raise UserError(f"--{name} {values}: must be at least 1")
         if not self.d_head:
             if isinstance(self.n_heads, list):
                 raise UserError("--n_heads differs between layers: give the width of a head with --d_head")
@@ -79,8 +90,6 @@ class ModelConfig:
                 raise UserError(f"--n_heads {heads} is not divisible by --n_kv_heads {self.n_kv_heads}")
         if self.positions == "rope" and self.head_size % 2:
             raise UserError(f"--positions rope needs an even head width, not {self.head_size}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout {self.dropout}: must be at least 0 and below 1")
 
     def layers(self, name: str) -> list[int]:
         """The value of a per-layer field (n_heads, d_ff) for each layer."""
@@ -102,10 +111,13 @@ class ModelConfig:
 class RunOptions:
     """What to do, from what, and where the result goes."""
 
-    task: str = option("lm", "lm: predict text; classify: tell a text's label; pairs: answer a prompt")
+    task: str = option("lm", "predict text, tell a text's label, or answer prompts", ("lm", "classify", "pairs"))
     init: str | None = option(None, "a run, or a folder with published weights, to start from")
     out: str = option("", "the run folder; the same command goes on with an unfinished one")
     overwrite: bool = option(False, "delete the run in --out and begin anew")
+
+    def __post_init__(self):
+        check(self)
 
 
 @dataclass
@@ -115,15 +127,13 @@ class DataConfig:
     data: str = option("python-docs", "text, .jsonl, .gz of either, a folder, a token folder, a known corpus")
     train: str | None = option(None, "labelled training file of --task classify or pairs")
     valid: str | None = option(None, "validation file; without one, the end of --data is held out")
-    valid_fraction: float = option(0.1, "share of --data held out for validation")
+    valid_fraction: float = option(0.1, "share of --data held out for validation", low=1e-6, high=0.999999)
     separator: str | None = option(None, "a string that ends a document in a text file, such as <|endoftext|>")
     errors: str = option("strict", "bytes that are not UTF-8: refuse, or replace", ("strict", "replace"))
     tokenizer: str = option("bpe", "bpe (train one), bytes, gpt2, a .tiktoken file, or a run")
 
     def __post_init__(self):
-        check_choices(self)
-        if not 0 < self.valid_fraction < 1:
-            raise UserError(f"--valid_fraction {self.valid_fraction}: must lie between 0 and 1")
+        check(self)
 
 
 @dataclass
@@ -131,53 +141,47 @@ class OptimConfig:
     """The optimizer and its schedule."""
 
     optimizer: str = option("muon", "Muon for the hidden matrices and AdamW for the rest, or AdamW", ("muon", "adamw"))
-    lr: float = option(0.02, "peak learning rate (with Muon: of the hidden matrices)")
-    embed_lr: float = option(0.0, "AdamW's for embeddings; 0: lr, with Muon lr / 2")
-    head_lr: float = option(0.0, "AdamW's for an untied head, norms and biases; 0: lr, with Muon lr / 4")
+    lr: float = option(0.02, "peak learning rate (with Muon: of the hidden matrices)", low=0)
+    embed_lr: float = option(0.0, "AdamW's for embeddings; 0: lr, with Muon lr / 2", low=0)
+    head_lr: float = option(0.0, "AdamW's for an untied head, norms and biases; 0: lr, with Muon lr / 4", low=0)
     schedule: str = option("trapezoidal", "shape after the warm-up", ("trapezoidal", "cosine", "linear", "constant"))
-    warmup: float = option(0.02, "warm-up: share of the steps, or their number if 1 or more")
-    cooldown: float = option(0.5, "share of the steps in which a trapezoidal schedule falls")
-    min_lr: float = option(0.0, "learning rate at the end, as a share of the peak")
-    weight_decay: float = option(0.0, "decoupled weight decay of matrices and embeddings")
-    beta1: float = option(0.9, "AdamW's first-moment decay")
-    beta2: float = option(0.95, "AdamW's second-moment decay")
-    momentum: float = option(0.95, "Muon's momentum")
-    clip: float = option(1.0, "largest gradient norm; 0: no clipping")
+    warmup: float = option(0.02, "warm-up: share of the steps, or their number if 1 or more", low=0)
+    cooldown: float = option(0.5, "share of the steps in which a trapezoidal schedule falls", low=0, high=1)
+    min_lr: float = option(0.0, "learning rate at the end, as a share of the peak", low=0, high=1)
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices and embeddings", low=0)
+    beta1: float = option(0.9, "AdamW's first-moment decay", low=0, high=0.999999)
+    beta2: float = option(0.95, "AdamW's second-moment decay", low=0, high=0.999999)
+    momentum: float = option(0.95, "Muon's momentum", low=0, high=0.999999)
+    clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0)
 
     def __post_init__(self):
-        check_choices(self)
+        check(self)
 
 
 @dataclass
 class TrainConfig:
     """The loop. Fields marked resume may differ when an unfinished run goes on; they do not touch the result."""
 
-    steps: int = option(1000, "optimizer steps")
-    epochs: float = option(0.0, "passes over the training data, instead of --steps")
-    batch_size: int = option(16, "global batch in sequences, over all ranks and accumulated parts")
-    accumulation: int = option(1, "parts into which each rank cuts its share of the batch")
-    seed: int = option(1, "seed of weights, order and dropout")
+    steps: int = option(1000, "optimizer steps", low=1)
+    epochs: float = option(0.0, "passes over the training data, instead of --steps", low=0)
+    batch_size: int = option(16, "global batch in sequences, over all ranks and accumulated parts", low=1)
+    accumulation: int = option(1, "parts into which each rank cuts its share of the batch", low=1, resume=True)
+    seed: int = option(1, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option(
         "auto", "of matrix products; auto: bfloat16 where the hardware multiplies it", ("auto", "bfloat16", "float32")
     )
     compile: str = option("auto", "torch.compile; auto: where it pays", ("auto", "true", "false"))
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory")
-    eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch")
-    eval_tokens: int = option(0, "validation tokens used by evaluations before the last; 0: all")
-    log_every: int = option(10, "steps between lines of metrics.jsonl", resume=True)
-    sample_every: int = option(250, "steps between printed samples; 0: never", resume=True)
-    checkpoint_every: int = option(250, "steps between checkpoints; 0: at the end only", resume=True)
-    keep: int = option(2, "checkpoints kept", resume=True)
+    eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch", low=0)
+    eval_tokens: int = option(0, "validation tokens that evaluations of lm before the last use; 0: all", low=0)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", resume=True, low=1)
+    sample_every: int = option(250, "steps between printed samples; 0: never", resume=True, low=0)
+    checkpoint_every: int = option(250, "steps between checkpoints; 0: at the end only", resume=True, low=0)
+    keep: int = option(2, "checkpoints kept", resume=True, low=1)
 
     def __post_init__(self):
-        check_choices(self)
-        for name in ("steps", "batch_size", "accumulation", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("epochs", "eval_every", "sample_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must not be negative")
+        check(self)
 
 
 # ---------------------------------------------------------------- presets: name -> flags
@@ -225,13 +229,6 @@ def from_dict(cls, values: dict):
     return cls(**values)
 
 
-def check_choices(config) -> None:
-    for f in dataclasses.fields(config):
-        value, choices = getattr(config, f.name), f.metadata["choices"]
-        if choices and value not in choices:
-            raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}")
-
-
 def nearest(name: str, names) -> str:
     """' (did you mean X?)', or nothing when no name is close."""
     close = difflib.get_close_matches(name, sorted(names), n=1)
@@ -253,7 +250,9 @@ def parse_value(name: str, text: str | list[str], kind):
             if number != int(number):
                 raise ValueError
             return int(number)
-        return float(text) if float in options else text
+        if float in options:
+            return float(text)
+        return text.lower() if text in ("True", "False") else text  # of flags like --compile, with true and auto
     except (ValueError, KeyError, OverflowError):
         wanted = "true or false" if bool in options else "a whole number" if int in options else "a number"
         raise UserError(f"--{name} {text}: expected {wanted}") from None
@@ -277,7 +276,8 @@ class Parser(argparse.ArgumentParser):
 
 def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
     """One flag for each field of a dataclass, in a group of its own, its default shown."""
-    group = parser.add_argument_group(cls.__name__.removesuffix("Config").lower(), cls.__doc__.splitlines()[0])
+    title = cls.__name__.removesuffix("Config").removesuffix("Options").lower()
+    group = parser.add_argument_group(title, cls.__doc__.splitlines()[0])
     for f in dataclasses.fields(cls):
         if not f.metadata.get("flag", True):
             continue
@@ -341,11 +341,16 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs a command on sys.argv; a user's mistake becomes one line and exit status 2."""
     try:
         main(sys.argv[1:])
+        return
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message, status = f"error: {error}", 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        message, status = "interrupted", 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    except OSError as error:  # a full disk, a folder that may not be written
+        message, status = f"error: {error.filename or 'the system'}: {error.strerror or error}", 2
+    if os.environ.get("RANK", "0") == "0":  # of many processes, one speaks
+        print(message, file=sys.stderr)
+    raise SystemExit(status)

@@ -20,7 +20,6 @@ from typing import BinaryIO
 from mini import pydocs
 from mini.config import UserError
 from mini.fetch import KNOWN, fetch_known
-from mini.fetch import cache_folder as cache_folder  # so that callers need only this file
 
 READING = 1  # raise it when the same files begin to be read as other text: cached tokens are then made anew
 DEFAULT = "python-docs"

@@ -7,9 +7,10 @@ resuming needs nothing but the step.
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -84,40 +85,52 @@ def shuffled(indices: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- text -> token folder
-def prepare_tokens(config: DataConfig, vocab_size: int, init: str | None) -> tuple[TokenFolder, Tokenizer]:
+def init_tokenizer(init: str, spec: str | None) -> Tokenizer:
+    """The tokenizer of a run to start from. Published weights may come without one: then spec names it."""
+    try:
+        own = load_tokenizer(init)
+    except UserError:
+        if spec in (None, "bpe"):
+            raise
+        return make_tokenizer(spec, list, 0)
+    if spec and (spec == "bpe" or make_tokenizer(spec, list, 0).fingerprint != own.fingerprint):
+        raise UserError(f"--tokenizer {spec}: {init} brings a tokenizer of its own, on which its weights depend")
+    return own
+
+
+def prepare_tokens(
+    config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, given: set[str] = frozenset()
+) -> tuple[TokenFolder, Tokenizer]:
     """The corpus of --data as tokens: opened if it is a token folder, taken from the cache, or made now.
 
-    init: a run whose tokenizer is used, so that its weights keep their meaning.
+    tokenizer: that of the run to start from, if any. given: flags of the command line, of which a token folder
+    refuses those that come too late for it.
     """
     if tokens.is_token_folder(config.data):
-        folder = tokens.open_tokens(config.data)
-        tokenizer = load_tokenizer(config.data)
-        if init and load_tokenizer(init).fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                f"{config.data} was made with another tokenizer than {init}: make it with --tokenizer {init}"
-            )
-        return folder, tokenizer
-    text = corpus.fingerprint(config.data, *splitting(config))
-    if not init and config.tokenizer == "bpe":
-        name = f"bpe{vocab_size}"
-    else:
-        tokenizer = make_tokenizer(init or config.tokenizer, lambda: iter(()), vocab_size)
-        name = f"{tokenizer.kind}-{tokenizer.fingerprint[:12]}"
+        if late := given & {"tokenizer", "vocab_size", "valid", "valid_fraction", "separator", "errors"}:
+            raise UserError(f"--{min(late)}: {config.data} is made of tokens already; make it anew with that flag")
+        made_with = load_tokenizer(config.data)
+        if tokenizer and tokenizer.fingerprint != made_with.fingerprint:
+            raise UserError(f"{config.data} was made with another tokenizer than the run of --init has")
+        return tokens.open_tokens(config.data), made_with
+    if not tokenizer and config.tokenizer != "bpe":
+        tokenizer = make_tokenizer(config.tokenizer, list, vocab_size)
+    text = corpus.fingerprint(config.data, config.valid, config.valid_fraction, config.separator, config.errors)
+    name = f"{tokenizer.kind}-{tokenizer.fingerprint[:12]}" if tokenizer else f"bpe{vocab_size}"
     path = cache_folder() / "tokens" / f"{text[:24]}-{name}"
     if not tokens.is_token_folder(path):
-        write_token_folder(replace(config, tokenizer=init or config.tokenizer), vocab_size, path)
+        write_token_folder(config, vocab_size, tokenizer, path)
     return tokens.open_tokens(path), load_tokenizer(path)
 
 
-def write_token_folder(config: DataConfig, vocab_size: int, out: Path, workers: int | None = None) -> TokenFolder:
-    """Reads the corpus of --data, trains or opens its tokenizer, and writes both as a token folder."""
-    train, valid = corpus.open_corpus(config.data, *splitting(config))
-    tokenizer = make_tokenizer(config.tokenizer, lambda: train.texts(limit=BPE_BYTES), vocab_size)
+def write_token_folder(
+    config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, out: Path, workers: int | None = None
+) -> TokenFolder:
+    """Reads the corpus of --data and writes it as a token folder; trains or opens the tokenizer if none is given."""
+    split = config.valid, config.valid_fraction, config.separator, config.errors
+    train, valid = corpus.open_corpus(config.data, *split)
+    tokenizer = tokenizer or make_tokenizer(config.tokenizer, lambda: train.texts(limit=BPE_BYTES), vocab_size)
     return tokens.write_tokens({"train": train, "valid": valid}, tokenizer, out, workers=workers)
-
-
-def splitting(config: DataConfig) -> tuple:
-    return config.valid, config.valid_fraction, config.separator, config.errors
 
 
 # ---------------------------------------------------------------- language modelling
@@ -169,26 +182,16 @@ def read_rows(path: str | Path, columns: list[str], optional: tuple[str, ...] = 
         raise UserError(f"{path}: no such file")
     if path.suffix not in (".tsv", ".csv", ".jsonl"):
         raise UserError(f"{path}: expected .tsv or .csv with a header, or .jsonl")
-    rows = []
+    content = path.read_bytes()
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            if path.suffix == ".jsonl":
-                for line, text in enumerate(file, 1):
-                    if text.strip():
-                        rows.append((f"{path}:{line}", parse_json_row(text, f"{path}:{line}")))
-            else:
-                # A tab-separated file quotes nothing: a quotation mark in it is text.
-                tsv = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
-                reader = csv.DictReader(file, **(tsv if path.suffix == ".tsv" else {}), strict=True)
-                for name in columns:
-                    if name not in (reader.fieldnames or []):
-                        found = ", ".join(reader.fieldnames or ["nothing"])
-                        raise UserError(f"{path}:1: the header has no column {name!r} (it has {found})")
-                rows = [(f"{path}:{reader.line_num}", row) for row in reader]
+        text = content.decode("utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason} near byte {error.start:,}): convert the file") from None
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}") from None
+        raise UserError(f"{path}: byte {error.start:,} is not UTF-8: convert the file") from None
+    if path.suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)
+        rows = [(f"{path}:{n}", parse_json_row(line, f"{path}:{n}")) for n, line in lines if line.strip()]
+    else:
+        rows = read_table(text, path, columns)
     for place, row in rows:
         for name in columns:
             if row.get(name) is None:
@@ -198,6 +201,26 @@ def read_rows(path: str | Path, columns: list[str], optional: tuple[str, ...] = 
     return [(place, {k: str(row[k]) for k in (*columns, *optional) if row.get(k) is not None}) for place, row in rows]
 
 
+def read_table(text: str, path: Path, columns: list[str]) -> list[tuple[str, dict]]:
+    # A tab-separated file quotes nothing: a quotation mark in it is text.
+    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if path.suffix == ".tsv" else {}
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(text, newline=""), **form, strict=True)
+    rows = []
+    try:
+        for name in columns:
+            if name not in (reader.fieldnames or []):
+                found = ", ".join(reader.fieldnames or ["nothing"])
+                raise UserError(f"{path}:1: the header has no column {name!r} (it has {found})")
+        for row in reader:
+            if None in row:
+                raise UserError(f"{path}:{reader.line_num}: more columns than the header has")
+            rows.append((f"{path}:{reader.line_num}", row))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}") from None
+    return rows
+
+
 def parse_json_row(text: str, place: str) -> dict:
     try:
         row = json.loads(text)
@@ -205,15 +228,22 @@ def parse_json_row(text: str, place: str) -> dict:
         raise UserError(f"{place}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected an object {{...}}")
-    return row
+    return {name: value for name, value in row.items() if isinstance(value, str | int | float)}
 
 
-def prepare_tokenizer(config: DataConfig, columns: list[str], vocab_size: int, init: str | None) -> Tokenizer:
-    """The tokenizer of the run in init, or for training from scratch the one of --tokenizer."""
-    if init:
-        return load_tokenizer(init)
-    texts = lambda: (row[name] for _, row in read_rows(config.train, columns) for name in columns)  # noqa: E731
+def labelled_tokenizer(config: DataConfig, columns: list[str], vocab_size: int) -> Tokenizer:
+    """The tokenizer of --tokenizer for training on labelled texts from scratch; a BPE is trained on them."""
+
+    def texts() -> Iterator[str]:
+        for _, row in read_rows(config.train, columns):
+            yield from row.values()
+
     return make_tokenizer(config.tokenizer, texts, vocab_size)
+
+
+def check_eot(tokenizer: Tokenizer) -> None:
+    if tokenizer.eot is None:
+        raise UserError("the tokenizer has no <|endoftext|>, which ends texts and answers: use another one")
 
 
 def pad(rows: list[list[int]], filling: int) -> Tensor:
@@ -243,11 +273,12 @@ def checksum(*examples: list) -> str:
 class LabelledTexts:
     """Texts, or pairs of texts, with one label each; labels are words, numbered in sorted order."""
 
-    def __init__(
-        self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int, labels: list[str] | None = None
-    ):
+    def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int):
+        check_eot(tokenizer)
+        if max_len < 8:
+            raise UserError(f"--max_len {max_len}: too short for labelled texts; give at least 8")
         train_rows = read_rows(train, ["text", "label"], ("text_b",))
-        self.labels = labels or sorted({row["label"] for _, row in train_rows})
+        self.labels = sorted({row["label"] for _, row in train_rows})
         if len(self.labels) < 2:
             raise UserError(f"{train}: only one label, {self.labels[0]!r}: a classifier needs at least two")
         self.tokenizer, self.max_len, self.seed = tokenizer, max_len, seed
@@ -260,6 +291,8 @@ class LabelledTexts:
         numbers = {label: i for i, label in enumerate(self.labels)}
         encoded = []
         for place, row in rows:
+            if not row["label"].strip():
+                raise UserError(f"{place}: the label is empty")
             if row["label"] not in numbers:
                 known = ", ".join(self.labels[:10])
                 hint = nearest(row["label"], numbers)
@@ -289,6 +322,7 @@ class PromptAnswers:
     """prompt answer <eot>, where only the answer and its <eot> are to be predicted."""
 
     def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int):
+        check_eot(tokenizer)
         self.tokenizer, self.max_len, self.seed = tokenizer, max_len, seed
         self.train = self.encode(train)
         self.valid = self.encode(valid)

@@ -1,5 +1,6 @@
 """GPT: the stack, a head that predicts the next token, and generation with a key/value cache."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -65,13 +66,23 @@ class GPT(nn.Module):
         return {"loss": F.cross_entropy(self.classify(tokens, lengths).float(), labels, reduction="sum")}
 
     # ------------------------------------------------------------ generation
-    def generate(self, tokens: Tensor, max_new_tokens: int = 64, **options) -> Tensor:
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        use_cache: bool = True,
+        **options,
+    ) -> Tensor:
         """(B, T) int64 -> (B, T + n) with up to max_new_tokens new ones; see stream() for the options.
 
         With lengths, row b is its prompt of lengths[b] tokens, then its new ones, then filling.
         """
-        lengths = options.get("lengths")
+        options |= dict(temperature=temperature, top_k=top_k, top_p=top_p, use_cache=use_cache)
         B, T = tokens.shape
+        lengths = options.get("lengths")
         ends = torch.full((B,), T) if lengths is None else lengths.cpu()
         out = F.pad(tokens, (0, max_new_tokens))  # (B, T + max_new_tokens)
         rows, n = torch.arange(B), 0
@@ -121,7 +132,7 @@ class GPT(nn.Module):
             slots = min(max_len, longest + max_new_tokens)
             cache = KVCache(self.config, B, slots, device, self.head.weight.dtype)
             if compile:  # one shape for all steps
-                step = torch.compile(self._step, mode="max-autotune-no-cudagraphs" if device.type == "cuda" else None)
+                step = torch.compile(self._step)
 
         new = None
         for _ in range(max_new_tokens):
@@ -168,18 +179,19 @@ class GPT(nn.Module):
     # ------------------------------------------------------------ published weights
     @classmethod
     def from_published(cls, folder: str | Path) -> "GPT":
-        """A GPT-2 from a folder with config.json and model.safetensors or pytorch_model.bin, in GPT-2's names.
+        """A GPT-2, in eval mode, from a folder with config.json and its weights, in GPT-2's names.
 
+        The weights: model.safetensors or pytorch_model.bin.
         Raises UserError naming missing, extra and misshapen tensors, and settings that this GPT does not have.
         """
         model = cls(published_config(read_json(Path(folder) / "config.json"), folder))
-        tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_published(folder).items()}
+        tensors = {name.removeprefix("transformer."): t for name, t in load_published(folder).items()}
         renamed = {}
         for name, tensor in tensors.items():
             if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, stored by old versions
                 continue
-            if name.startswith("h."):
-                layer, rest = name.removeprefix("h.").split(".", 1)
+            if block := re.fullmatch(r"h\.(\d+)\.(.+)", name):
+                layer, rest = block.groups()
                 for theirs, ours in PUBLISHED_NAMES.items():
                     rest = rest.replace(theirs, ours)
                 if tensor.ndim == 2:  # published as (in, out), for x @ W
@@ -192,7 +204,7 @@ class GPT(nn.Module):
         if model.config.tied:  # some files hold the shared matrix twice
             renamed.pop("head.weight", None)
         load_weights(model, renamed, folder)
-        return model
+        return model.eval()
 
 
 def choose(
@@ -204,15 +216,15 @@ def choose(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None:
-        smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow at low temperatures
+    if top_k:
+        values, kept = logits.topk(min(top_k, logits.size(-1)))  # (B, k)
+        logits = torch.full_like(logits, float("-inf")).scatter(1, kept, values)
     if top_p is not None:
         ordered, order = logits.sort(descending=True)  # (B, V)
         probabilities = ordered.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities  # the mass of likelier tokens
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= max(top_p, 1e-9))
         logits = logits.masked_fill(dropped, float("-inf"))
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
@@ -252,5 +264,7 @@ def published_config(published: dict, folder: str | Path) -> ModelConfig:
             dropout=published.get("resid_pdrop", 0.1),
             tied=published.get("tie_word_embeddings", True),
         )
-    except KeyError as error:
-        raise UserError(f"{folder}/config.json has no {error}") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}/config.json: not the settings of a GPT-2 ({type(error).__name__}: {error})"
+        ) from None

@@ -41,6 +41,8 @@ def make_optimizers(
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     hidden, groups = [], {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if ".blocks." in f".{name}" and parameter.ndim == 2:
             if muon:
                 hidden.append(parameter)
@@ -104,10 +106,11 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                self.state[p].setdefault("momentum", torch.zeros_like(p))
             if not params:
                 continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
             momenta = [self.state[p]["momentum"] for p in params]
             grads = [p.grad for p in params]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])

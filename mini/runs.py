@@ -14,8 +14,10 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import nn
@@ -27,6 +29,7 @@ from mini.storage import (
     load_tensors,
     load_weights,
     read_json,
+    remove_folder,
     save_tensors,
     sha256,
     weights,
@@ -34,6 +37,11 @@ from mini.storage import (
     write_text,
 )
 from mini.tokenizer import Tokenizer, load_tokenizer
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 MODELS = {"gpt": GPT}
 FORMAT = 1
@@ -86,6 +94,13 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu", kind: str |
     An unfinished run gives its newest checkpoint. kind: "gpt" where nothing else will do.
     Raises UserError if the folder is no run, is of another kind, or is damaged.
     """
+    model, tokenizer = load_model(folder, kind), load_tokenizer(folder)
+    check_vocabulary(model.config, tokenizer, folder)
+    return model.to(device), tokenizer
+
+
+def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
+    """The model alone, on the CPU: published weights may come without a tokenizer."""
     folder = Path(folder)
     if is_published(folder):
         model = MODELS[published_kind(folder)].from_published(folder)
@@ -95,7 +110,15 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu", kind: str |
         load_weights(model, load_tensors(newest_weights(folder)), folder)
     if kind and model.kind != kind:
         raise UserError(f"{folder} holds a {model.kind.upper()}, but this needs a {kind.upper()}")
-    return model.to(device).eval(), load_tokenizer(folder)
+    return model.eval()
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str | Path) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model knows {config.vocab_size:,}: "
+            f"they do not belong together"
+        )
 
 
 def build(config: RunConfig) -> nn.Module:
@@ -120,12 +143,18 @@ def newest_weights(folder: Path) -> Path:
     return checkpoint / "model.safetensors"
 
 
-def start_from(model: nn.Module, start: nn.Module, where: str | Path) -> None:
-    """Copies the weights of another run; a classification head of other classes keeps its fresh ones."""
+def start_from(model: nn.Module, start: nn.Module, where: str | Path, keep_head: bool) -> None:
+    """Copies the weights of another run; without keep_head, a classification head keeps its fresh ones."""
     found = weights(start)
-    fresh = {name: t for name, t in weights(model).items() if name.startswith("classifier.")}
-    found = {name: t for name, t in found.items() if not name.startswith("classifier.")}
-    load_weights(model, found | fresh, where)
+    if not keep_head:
+        fresh = {name: t for name, t in weights(model).items() if name.startswith("classifier.")}
+        found = {name: t for name, t in found.items() if not name.startswith("classifier.")} | fresh
+    load_weights(model, found, where)
+
+
+def read_labels(folder: str | Path) -> list[str]:
+    """The labels of a run's classification head; none where it has no such head."""
+    return [] if is_published(folder) else read_config(folder).labels
 
 
 # ---------------------------------------------------------------- starting and going on
@@ -134,9 +163,11 @@ def start_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: 
 
     Raises UserError with the differences if the folder holds another run, or something else altogether.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name another folder with --out")
     if overwrite and folder.exists() and any(folder.iterdir()):
         read_config(folder)  # only a run is ever deleted
-        shutil.rmtree(folder)
+        remove_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         differences = compare(read_config(folder), config)
         if differences:
@@ -148,6 +179,19 @@ def start_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: 
     with atomic_folder(folder) as temporary:
         tokenizer.save(temporary)
         config.save(temporary)
+
+
+def lock(folder: Path) -> IO | None:
+    """Keeps other processes from training in this folder for as long as the returned file stays open."""
+    if fcntl is None:  # Windows
+        return None
+    file = open(folder / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{folder}: another process is training here") from None
+    return file
 
 
 def read_result(folder: Path) -> dict | None:
@@ -190,15 +234,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
 
 
-def newest_checkpoint(folder: Path, say=lambda message: None) -> Path | None:
-    """The newest checkpoint that is whole by its checksums; says which damaged ones were passed over."""
+def newest_checkpoint(folder: Path, say: Callable = lambda text: None, before: int | None = None) -> Path | None:
+    """The newest checkpoint, of a step before `before`, whose checksums hold; says which damaged ones it passed."""
     for path in reversed(checkpoints(folder)):
+        if before is not None and step_of(path) >= before:
+            continue
         try:
             state = read_json(path / "state.json")
             check = state.pop("check", None)
             whole = check == digest(state)
             whole = whole and all(sha256(path / name) == value for name, value in state["sha256"].items())
-        except (UserError, OSError):
+        except (UserError, OSError, KeyError, AttributeError):
             whole = False
         if whole:
             return path
@@ -206,12 +252,16 @@ def newest_checkpoint(folder: Path, say=lambda message: None) -> Path | None:
     return None
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizers: list) -> dict:
-    """Puts a checkpoint's weights and optimizer state into place and returns its state.json."""
+    """Puts a checkpoint's weights and optimizer state into place and returns the state it was saved with."""
     load_weights(model, load_tensors(path / "model.safetensors"), path)
     tensors = load_tensors(path / "optimizer.safetensors")
     for index, optimizer in enumerate(optimizers):
@@ -220,7 +270,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list) -> dict:
             found = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             # Copies: the file is only mapped, and an optimizer writes into its state.
             optimizer.state[parameter] = {key: t.to(parameter.device, copy=True) for key, t in found.items()}
-    return read_json(path / "state.json")
+    state = read_json(path / "state.json")
+    return {name: value for name, value in state.items() if name not in ("sha256", "check")}
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, torch.Tensor]:
@@ -247,17 +298,20 @@ def append_metrics(folder: Path, row: dict) -> None:
 def read_metrics(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the line during which the process was killed
+            row = json.loads(line)
+        except ValueError:  # the line during which the process was killed
             break
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Drops what was logged after the checkpoint from which a run goes on, and a checkpoint that was never whole."""
-    for unfinished in (folder / "checkpoints").glob(".step-*.tmp"):
-        shutil.rmtree(unfinished)
+    """Drops what came after the checkpoint from which a run goes on: log lines, damaged and unfinished checkpoints."""
+    later = [path for path in checkpoints(folder) if step_of(path) > step]
+    for path in [*later, *(folder / "checkpoints").glob(".step-*.tmp")]:
+        shutil.rmtree(path)
     text = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
     write_text(folder / "metrics.jsonl", text)

@@ -55,21 +55,28 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """The same for a whole folder: what stands at `path` afterwards is complete, or what stood there before."""
+    """The same for a whole folder: what stands at `path` is complete at any time, the old one, the new one or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     temporary.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the finished folder
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in [*temporary.iterdir(), temporary]:
             fsync(file)
-        if path.exists():
-            shutil.rmtree(path)
+        remove_folder(path)
         os.replace(temporary, path)
         fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder if it is there: first its name at once, then its content, so that it is never half there."""
+    if path.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        os.replace(path, aside)
+        shutil.rmtree(aside)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -82,12 +89,16 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> dict:
+    """The object in a JSON file. Raises UserError where there is none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: should hold a JSON object {{...}}")
+    return value
 
 
 def sha256(path: str | Path) -> str:
@@ -95,10 +106,9 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes named tensors as one safetensors file, atomically. The same tensors give the same bytes."""
-    header: dict = {"__metadata__": metadata} if metadata else {}
-    offset = 0
+    header, offset = {}, 0
     # Widest types first keeps every tensor aligned to its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
@@ -138,8 +148,13 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            entries = [(name, DTYPES[e["dtype"]], e["shape"], *e["data_offsets"]) for name, e in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = []
+            for name, entry in header.items():
+                (begin, end), shape = entry["data_offsets"], list(entry["shape"])
+                if any(type(n) is not int or n < 0 for n in [begin, end, *shape]):
+                    raise ValueError(f"tensor {name!r} has a size that is no number")
+                entries.append((begin, end, name, DTYPES[entry["dtype"]], shape))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise refuse(f"its header cannot be read ({type(error).__name__}: {error})") from None
 
     total = size - 8 - length
@@ -149,9 +164,8 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         else torch.empty(0, dtype=torch.uint8)
     )
     tensors, expected = {}, 0
-    for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
-        whole = all(isinstance(n, int) and n >= 0 for n in [*shape, begin, end])
-        if not whole or begin != expected or end - begin != math.prod(shape) * dtype.itemsize:
+    for begin, end, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
+        if begin != expected or end - begin != math.prod(shape) * dtype.itemsize:
             raise refuse(f"tensor {name!r} {shape} does not fit its place {begin}..{end}")
         if end > total:
             raise refuse(f"tensor {name!r} ends at byte {end:,} of {total:,}")
@@ -201,6 +215,9 @@ def load_published(folder: str | Path) -> dict[str, torch.Tensor]:
     if not pickled.exists():
         raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin in it")
     try:  # the one pickle that mini opens, and only its tensors
-        return torch.load(pickled, map_location="cpu", weights_only=True)
+        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{pickled}: not a file of tensors ({type(error).__name__}): download it again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{pickled}: should hold {{name: tensor}} and nothing else")
+    return tensors

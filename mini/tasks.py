@@ -38,6 +38,8 @@ class LanguageModelling:
 
     def sample(self, model: nn.Module) -> str:
         """The beginning of a new document."""
+        if self.tokenizer.eot is None:
+            return "(no sample: the tokenizer has no <|endoftext|> to begin with)"
         start = torch.tensor([[self.tokenizer.eot]], device=next(model.parameters()).device)
         generator = torch.Generator(start.device).manual_seed(0)  # the same draw each time: only the model changes
         options = dict(temperature=0.8, top_p=0.95, stop=[self.tokenizer.eot], generator=generator)

@@ -2,8 +2,9 @@
 
 One step: the global batch of the step is cut into equal parts, one for each rank and accumulation; each part's
 summed losses are divided by the counts of the whole batch, so that the gradients add up to that of the one big
-batch; then one optimizer step. Dropout is seeded from (seed, step, first example of the part), so nothing depends
-on how many processes share the work, and a run goes on from a checkpoint as if it had never stopped.
+batch; then one optimizer step. Dropout is seeded from (seed, step, first example of the part): with parts of the
+same size nothing depends on how many processes share them (1 x 4, 2 x 2, 4 x 1), and a run goes on from a checkpoint
+as if it had never stopped.
 """
 
 import contextlib
@@ -48,6 +49,10 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
     def say(self, *text: object) -> None:
         """Prints from rank 0, without tearing a progress bar apart."""
         if self.main:
@@ -58,6 +63,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def highest(self, value: int) -> int:
+        """The highest of all ranks' values."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
 
     def main_first(self, make: Callable):
         """make() on rank 0, then on the others: what the first one builds, the others find."""
@@ -109,15 +122,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def try_compile(loss: nn.Module, world: World) -> nn.Module:
-    """torch.compile, or the module as it is, saying so, where no working compiler is found."""
+def can_compile(device: torch.device, say: Callable) -> bool:
+    """Whether torch.compile works on this machine, which needs a C++ compiler, or Triton on a GPU; says if not."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=world.device))
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        world.say(f"torch.compile does not work here, going on without it ({reason})")
-        return loss
-    return torch.compile(loss)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        say(f"torch.compile does not work here, going on without it ({reason})")
+        return False
+    torch._dynamo.config.suppress_errors = True  # whatever else cannot be compiled runs as it is
+    return True
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def keep_memory() -> None:
@@ -128,8 +145,9 @@ def keep_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for parameter, value in ((-1, 2**31 - 1), (-2, 2**28), (-3, 2**30)):  # TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD
-            mallopt(parameter, value)
+        if mallopt(M_MMAP_THRESHOLD, 2**30):  # old versions refuse; the others alone would not help
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            mallopt(M_TOP_PAD, 2**28)
 
 
 # ---------------------------------------------------------------- the loop
@@ -151,105 +169,138 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
     Raises UserError where the loss stops being a number; SystemExit after SIGTERM or Ctrl-C, a checkpoint written.
     """
     options, optim = config.train, config.optim
+    part = part_size(options, world)
     steps, eval_every = options.steps, options.eval_every
     if options.epochs:
         steps = max(1, round(options.epochs * task.data.n / options.batch_size))
     if task.best and not eval_every:
-        eval_every = -(-task.data.n // options.batch_size)
-    part = part_size(options, world)
+        eval_every = -(-task.data.n // options.batch_size)  # each epoch
 
     keep_memory()
     model.to(world.device).train()
     model.stack.checkpoint_activations = options.checkpoint_activations
     dtype = pick_dtype(options.dtype, world.device)
     optimizers = make_optimizers(model, optim, dtype)
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "best": None}
-    if checkpoint := runs.newest_checkpoint(folder, world.say):
-        state |= runs.load_checkpoint(checkpoint, model, optimizers)
-        world.say(f"going on from {checkpoint}")
-    if world.main:
-        runs.rewind(folder, state["step"])
+    locked = runs.lock(folder) if world.main else None
+    state = resume(model, optimizers, folder, world)
 
     objective: nn.Module = Objective(model, task)
-    work = 3 * flops_per_token(model, model.config.max_len)  # FLOPs per token of training
     # On CPUs compiling costs 20 seconds and saves less than a tenth of a step; on GPUs it pays within minutes.
-    if options.compile == "true" or (options.compile == "auto" and task.fixed_shape and world.device.type == "cuda"):
-        objective = try_compile(objective, world)
+    wanted = options.compile == "true" or (options.compile == "auto" and task.fixed_shape and world.on_gpu)
+    if wanted and can_compile(world.device, world.say):
+        objective = torch.compile(objective)
     if world.size > 1:
-        objective = DistributedDataParallel(objective)
-    peak = world.size * matmul_speed(world.device, dtype)
+        objective = DistributedDataParallel(objective, broadcast_buffers=False)  # buffers are tables, never trained
+    speed = Speedometer(model, task, dtype, world, state)
 
     began = time.perf_counter() - state["seconds"]
-    logged = dict(state)
     bar = tqdm(total=steps, initial=state["step"], disable=not world.main, unit="step", dynamic_ncols=True)
     with Interrupts() as interrupts, bar:
         for step in range(state["step"], steps):
+            stop = world.highest(interrupts.received)
             clock = time.perf_counter()
             share = schedule(step, steps, optim)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak_lr"] * share
-            losses, n_tokens, stop = backward(objective, task, step, part, options, dtype, world, interrupts.received)
-            norm = clip_gradients(model, optim.clip)
-            loss = sum(losses.values())
+            losses, n_tokens = backward(objective, task, step, part, options, dtype, world)
+            loss, norm = sum(losses.values()), clip_gradients(model, optim.clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise diverged(step + 1, loss, norm, folder)
+                raise diverged(step + 1, f"the loss is {loss} and the gradient norm {norm}", folder)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-
-            state["step"], state["tokens"] = step + 1, state["tokens"] + n_tokens
+            done, last = step + 1, step + 1 == steps
+            state |= {"step": done, "tokens": state["tokens"] + n_tokens}
             state["train_seconds"] += time.perf_counter() - clock
-            last = state["step"] == steps
-            evaluating = last or falls_on(state["step"], eval_every)
             bar.update()
-            if evaluating or falls_on(state["step"], options.log_every):
-                tokens, seconds = (state[name] - logged[name] for name in ("tokens", "train_seconds"))
-                logged, speed = dict(state), tokens / seconds
-                row = {"step": step + 1, "loss": loss, "lr": optim.lr * share, "tokens_per_s": speed, "grad_norm": norm}
-                if task.fixed_shape:
-                    row["mfu"] = speed * work / peak
+
+            evaluating = last or falls_on(done, eval_every)
+            if evaluating or falls_on(done, options.log_every):
+                row = {"step": done, "loss": loss, "lr": optim.lr * share, "grad_norm": norm, **speed.since_last(state)}
                 if len(losses) > 1:
                     row |= losses
-                bar.set_postfix_str(f"loss {loss:.3f}, lr {row['lr']:.2g}, {speed:,.0f} tokens/s")
+                bar.set_postfix_str(f"loss {loss:.3f}, lr {row['lr']:.2g}, {row['tokens_per_s']:,.0f} tokens/s")
                 if evaluating:
                     figures = evaluate(model, task, world, dtype, part, 0 if last else options.eval_tokens)
+                    if not math.isfinite(figures["val_loss"]):
+                        raise diverged(done, f"the validation loss is {figures['val_loss']}", folder)
                     row |= {name: value for name, value in figures.items() if isinstance(value, float)}
-                    world.say(f"step {step + 1:>{len(str(steps))}}: " + describe(figures))
+                    world.say(f"step {done:>{len(str(steps))}}: " + describe(figures))
                     if task.best:
                         keep_best(state, figures, task.best, model, folder, world)
                 if world.main:
                     runs.append_metrics(folder, row)
-            if world.main and falls_on(state["step"], options.sample_every) and not last:
+            if world.main and falls_on(done, options.sample_every) and not last:
                 show_sample(model, task, world, dtype)
             state["seconds"] = time.perf_counter() - began
-            if not last and (stop or falls_on(state["step"], options.checkpoint_every)) and world.main:
+            if not last and (stop or falls_on(done, options.checkpoint_every)) and world.main:
                 saved = runs.save_checkpoint(folder, model, optimizers, state, options.keep)
             if stop and not last:
                 bar.close()
                 if world.main:
                     world.say(f"interrupted: {saved} is written; the same command goes on from there")
+                world.leave()
                 raise SystemExit(128 + stop)
 
     result = {
         **(state["best"] if task.best else figures),
         "steps": steps,
         "tokens": state["tokens"],
-        "tokens_per_s": state["tokens"] / state["train_seconds"],
+        **speed.overall(state),
         "seconds": time.perf_counter() - began,
         "parameters": model.num_params(),
         "device": str(world.device),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if task.fixed_shape:
-        result["mfu"] = result["tokens_per_s"] * work / peak
     if world.main:
-        if task.best:
-            load_weights(model, load_tensors(folder / "best.safetensors"), folder)
-        save_tensors(folder / "model.safetensors", weights(model))
-        plot_metrics(runs.read_metrics(folder), folder / "loss.png")
-        write_json(folder / "result.json", result)  # last: with it the run counts as finished
-        (folder / "best.safetensors").unlink(missing_ok=True)
+        finish(model, task, result, folder)
+        if locked:
+            locked.close()
     return result
+
+
+def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> dict:
+    """Puts the newest whole checkpoint into place, if there is one; returns how far the run has come."""
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "best": None}
+    if checkpoint := runs.newest_checkpoint(folder, world.say):
+        state |= runs.load_checkpoint(checkpoint, model, optimizers)
+        world.say(f"going on from {checkpoint}")
+    if world.highest(state["step"]) != state["step"] or world.highest(-state["step"]) != -state["step"]:
+        raise UserError(f"{folder}: the ranks see different checkpoints; put the run on a file system that all share")
+    if world.main:
+        runs.rewind(folder, state["step"])
+    return state
+
+
+def finish(model: nn.Module, task, result: dict, folder: Path) -> None:
+    """Writes the final weights, the picture, and last result.json, with which the run counts as finished."""
+    if task.best:
+        load_weights(model, load_tensors(folder / "best.safetensors"), folder)
+    save_tensors(folder / "model.safetensors", weights(model))
+    plot_metrics(runs.read_metrics(folder), folder / "loss.png")
+    write_json(folder / "result.json", result)
+    (folder / "best.safetensors").unlink(missing_ok=True)
+
+
+class Speedometer:
+    """Tokens per second of training alone, without evaluation, samples and checkpoints; and the share of the
+    device's own matmul speed that the model's arithmetic amounts to (MFU), for tasks whose batches are full."""
+
+    def __init__(self, model: nn.Module, task, dtype: torch.dtype, world: World, state: dict):
+        self.work = 3 * flops_per_token(model, model.config.max_len) if task.fixed_shape else 0  # forward + backward
+        self.peak = world.size * matmul_speed(world.device, dtype) if task.fixed_shape else 0
+        self.last = dict(state)
+
+    def since_last(self, state: dict) -> dict:
+        last, self.last = self.last, dict(state)
+        return self.figures(state["tokens"] - last["tokens"], state["train_seconds"] - last["train_seconds"])
+
+    def overall(self, state: dict) -> dict:
+        return self.figures(state["tokens"], state["train_seconds"])
+
+    def figures(self, tokens: int, seconds: float) -> dict:
+        rate = tokens / seconds
+        return {"tokens_per_s": rate} | ({"mfu": rate * self.work / self.peak} if self.work else {})
 
 
 def part_size(options: TrainConfig, world: World) -> int:
@@ -274,11 +325,10 @@ def backward(
     options: TrainConfig,
     dtype: torch.dtype,
     world: World,
-    stop: int,
-) -> tuple[dict[str, float], int, int]:
+) -> tuple[dict[str, float], int]:
     """Leaves the gradient of the step's whole batch in the parameters.
 
-    Returns ({name: mean loss in nats}, real tokens, highest signal received), each over all ranks.
+    Returns ({name: mean loss in nats}, real tokens), each over all ranks.
     """
     first = step * options.batch_size + world.rank * options.accumulation * part
     starts = [first + i * part for i in range(options.accumulation)]  # example number of each part's first
@@ -299,12 +349,8 @@ def backward(
             # DDP averages over the ranks, where a sum is wanted
             sum(world.size / count * losses[name] for name, count in zip(names, counts, strict=True)).backward()
         sums += torch.stack([losses[name].detach() for name in names])
-    if world.size > 1:
-        signals = torch.tensor(stop, device=world.device)
-        dist.all_reduce(signals, dist.ReduceOp.MAX)
-        stop = int(signals)
     values = world.sum(sums).tolist()
-    return {name: v / c for name, v, c in zip(names, values, counts, strict=True)}, n_tokens, stop
+    return {name: v / c for name, v, c in zip(names, values, counts, strict=True)}, n_tokens
 
 
 def clip_gradients(model: nn.Module, limit: float) -> float:
@@ -359,11 +405,11 @@ def show_sample(model: nn.Module, task, world: World, dtype: torch.dtype) -> Non
         world.say("\n".join("    | " + line for line in text.splitlines()))
 
 
-def diverged(step: int, loss: float, norm: float, folder: Path) -> UserError:
-    good = runs.newest_checkpoint(folder)
+def diverged(step: int, what: str, folder: Path) -> UserError:
+    # The weights of a checkpoint are proved good only by the loss of the step after it.
+    good = runs.newest_checkpoint(folder, before=step - 1)
     return UserError(
-        f"step {step}: the loss is {loss} and the gradient norm {norm}, so the run stops here. "
-        f"Last good checkpoint: {good or 'none'}. "
+        f"step {step}: {what}, so the run stops here. Last good checkpoint: {good or 'none'}. "
         f"Try a smaller --lr, a longer --warmup, --clip 1 or --dtype float32, in another --out"
     )
 

@@ -239,8 +239,8 @@ class Transformer(nn.Module):
                 cache: KVCache | None = None) -> Tensor:  # fmt: skip
         """tokens (B, T) int64 -> (B, T, C).
 
-        padding (B, T): True where a token is real (encoders; a decoder pads at the right, where no real token
-        looks). positions (B, T) and cache: the tokens' places and the ones before them, for generation.
+        padding (B, T): True where a token is real (a decoder that pads at the right needs none: no real token
+        looks there). positions (B, T) and cache: the tokens' places and the ones before them, for generation.
         """
         T = tokens.size(1)
         if T > self.config.max_len:
@@ -264,6 +264,8 @@ class Transformer(nn.Module):
             mask = (slots <= positions[:, :, None])[:, None]
         elif padding is not None:
             mask = padding[:, None, None, :]  # (B, 1, 1, S): nobody looks at padding
+            if self.config.causal:
+                mask = mask & torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()  # (B, 1, T, S)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, mask, rope, positions, cache, use_reentrant=False)

@@ -1,14 +1,18 @@
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
+sys.path.insert(0, str(ROOT))  # for train_gpt.py
+torch.set_num_threads(1)  # as in the processes that tests start: the same order of sums, to the bit
 
 
 @pytest.fixture(scope="session")
@@ -31,18 +35,40 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def command(cache):
-    """Runs a command of the project as a user would; returns the finished process."""
+    """Runs a command of the project as its user would type it, in this process unless torchrun is asked for."""
 
-    def run(*arguments: object, status: int | None = 0, torchrun: int = 0, **options) -> subprocess.CompletedProcess:
-        argv = command_line(*arguments, torchrun=torchrun)
-        done = subprocess.run(argv, capture_output=True, text=True, env=environment(cache), timeout=170, **options)
-        if status is not None:
-            assert done.returncode == status, f"{argv}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    def run(*arguments: object, status: int = 0, torchrun: int = 0) -> subprocess.CompletedProcess:
+        if torchrun:
+            argv = command_line(*arguments, torchrun=torchrun)
+            done = subprocess.run(argv, capture_output=True, text=True, env=environment(cache), timeout=170)
+        else:
+            done = run_here([str(a) for a in arguments], cache)
+        assert done.returncode == status, f"{arguments}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done
 
     return run
+
+
+def run_here(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
+    import mini.__main__
+    import train_gpt
+    from mini.config import run_command
+
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    main = mini.__main__.dispatch if argv[0] == "-m" else train_gpt.main
+    with (
+        mock.patch.object(sys, "argv", argv[1:] if argv[0] == "-m" else argv),
+        mock.patch.dict(os.environ, {"MINI_CACHE": str(cache)}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            run_command(main)
+        except SystemExit as end:
+            status = end.code
+    return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
 
 
 def command_line(*arguments: object, torchrun: int = 0) -> list[str]:

@@ -1,9 +1,13 @@
 """What a user types, bad input included."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from conftest import TINY, last_json
+
+FIXTURE = Path(__file__).parent / "fixtures" / "gpt2"
 
 WORDS = {"good": ["great", "lovely", "fine"], "bad": ["awful", "boring", "dull"]}
 
@@ -18,16 +22,11 @@ def labelled(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(text_file, cache, tmp_path_factory):
+def run(text_file, command, tmp_path_factory):
     """A small pretrained run."""
-    import subprocess
-
-    from conftest import command_line, environment
-
     folder = tmp_path_factory.mktemp("runs") / "gpt"
     flags = ["train_gpt.py", "--data", text_file, *TINY, "--steps", 60, "--sample_every", 30, "--out", folder]
-    done = subprocess.run(command_line(*flags), env=environment(cache), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = command(*flags)
     assert "A sample:" in done.stdout and "python -m mini sample" in done.stdout
     return folder
 
@@ -75,6 +74,30 @@ def test_pairs(run, tmp_path, command):
     assert answers == ["3+4=7"]
 
 
+def test_steps_instead_of_epochs(run, labelled, tmp_path, command):
+    files = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv", "--device", "cpu"]
+    more = ["--init", run, "--steps", 2, "--out", tmp_path / "c"]
+    assert last_json(command("train_gpt.py", "--task", "classify", *files, *more))["steps"] == 2
+
+
+def test_fine_tuning_from_published_weights(labelled, tmp_path, command):
+    """The fixture has 61 tokens, fewer than any byte-level tokenizer: a table of the right size is put in."""
+    from mini.storage import load_tensors, save_tensors
+
+    published = tmp_path / "published"
+    published.mkdir()
+    config = json.loads((FIXTURE / "config.json").read_text()) | {"vocab_size": 300}
+    (published / "config.json").write_text(json.dumps(config))
+    tensors = load_tensors(FIXTURE / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("wte.weight"))
+    save_tensors(published / "model.safetensors", tensors | {name: tensors[name][:1].repeat(300, 1)})
+    files = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv", "--device", "cpu"]
+    argv = ["train_gpt.py", "--task", "classify", "--init", published, *files, "--steps", 2, "--out", tmp_path / "c"]
+    assert "no tokenizer" in command(*argv, status=2).stderr
+    command(*argv, "--tokenizer", "bytes")
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["model"]["d_model"] == 16
+
+
 def test_tokens_then_train(text_file, tmp_path, command):
     made = command("-m", "mini", "tokens", text_file, "--out", tmp_path / "tokens", "--vocab_size", 300)
     assert last_json(made)["train"] > 1000
@@ -93,9 +116,15 @@ def test_bench_measures(command):
 def refusals(folder):
     (folder / "empty.txt").write_text("")
     (folder / "short.txt").write_text("too short")
+    (folder / "plenty.txt").write_text("more than enough " * 100)
     (folder / "latin.txt").write_bytes("naïve ".encode("latin-1") * 100)
     (folder / "other").mkdir()
-    (folder / "other" / "config.json").write_text('{"format": 1, "kind": "parrot"}')
+    (folder / "other" / "config.json").write_text(
+        '{"format": 1, "task": "lm", "kind": "parrot", "model": {}, "data": {}, "optim": {}, "train": {}}'
+    )
+    config = json.loads((FIXTURE / "config.json").read_text())
+    (folder / "half").mkdir()
+    (folder / "half" / "config.json").write_text(json.dumps(config))
     (folder / "published").mkdir()
     (folder / "published" / "config.json").write_text('{"model_type": "t5"}')
     lm = ["train_gpt.py", *TINY, "--steps", 1, "--out", folder / "run", "--data"]
@@ -106,7 +135,7 @@ def refusals(folder):
         "not utf-8": ([*lm, folder / "latin.txt"], "--errors replace"),
         "unknown flag": (["train_gpt.py", "--n_layer", 3], "did you mean --n_layers?"),
         "unknown preset": (["train_gpt.py", "--preset", "gpt3"], "unknown preset gpt3"),
-        "unknown task": (["train_gpt.py", "--task", "sing"], "unknown --task sing"),
+        "unknown task": (["train_gpt.py", "--task", "sing"], "--task sing: choose one of lm, classify, pairs"),
         "indivisible width": (["train_gpt.py", "--d_model", 100, "--n_heads", 3], "not divisible by --n_heads 3"),
         "indivisible batch": ([*lm, folder / "short.txt", "--max_len", 4, "--accumulation", 3], "cannot be cut"),
         "no device": (["train_gpt.py", "--device", "cuda:99"], "--device cuda:99"),
@@ -114,7 +143,12 @@ def refusals(folder):
         "unknown tokenizer": (["train_gpt.py", "--tokenizer", "nonsense"], "nonsense"),
         "no such run": (["-m", "mini", "sample", folder / "gone", "x"], "no such run folder"),
         "not a run": (["-m", "mini", "sample", folder, "x"], "not a run folder"),
-        "another kind": (["-m", "mini", "sample", folder / "other", "x"], "other"),
+        "another kind": (["-m", "mini", "sample", folder / "other", "x"], "a run of kind 'parrot'"),
+        "no weights": (["-m", "mini", "sample", folder / "half", "x"], "no model.safetensors"),
+        "steps and epochs": (["train_gpt.py", "--steps", 5, "--epochs", 2], "give one of them"),
+        "negative rate": (["train_gpt.py", "--lr", -1], "--lr -1.0: must be at least 0"),
+        "not a number": (["train_gpt.py", "--lr", "nan"], "--lr nan"),
+        "a file as --out": ([*lm[:-2], folder / "empty.txt", "--data", folder / "plenty.txt"], "empty.txt"),
         "another architecture": (["-m", "mini", "sample", folder / "published", "x"], "t5"),
         "unknown command": (["-m", "mini", "smaple"], "did you mean sample?"),
     }
@@ -123,7 +157,8 @@ def refusals(folder):
 CASES = [
     "missing", "empty", "short", "not utf-8", "unknown flag", "unknown preset", "unknown task", "indivisible width",
     "indivisible batch", "no device", "no files", "unknown tokenizer", "no such run", "not a run", "another kind",
-    "another architecture", "unknown command",
+    "another architecture", "unknown command", "no weights", "steps and epochs", "negative rate", "not a number",
+    "a file as --out",
 ]  # fmt: skip
 
 
@@ -148,8 +183,6 @@ def test_errors_replace_goes_on(tmp_path, command):
 
 
 def test_damaged_weights_file(run, tmp_path, command):
-    import shutil
-
     shutil.copytree(run, tmp_path / "run")
     weights = tmp_path / "run" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
