@@ -198,7 +198,7 @@ GPT2 = dict(
 PRESETS: dict[str, dict] = {
     "laptop": dict(
         MODERN, n_layers=6, n_heads=4, d_model=256, max_len=256, vocab_size=2048, lr=0.01, weight_decay=0.1,
-        steps=420, eval_every=140, sample_every=140, checkpoint_every=140,
+        steps=390, eval_every=130, sample_every=130, checkpoint_every=130,
     ),
     "char": dict(
         MODERN, n_layers=4, n_heads=4, d_model=128, max_len=64, tokenizer="bytes", data="tinyshakespeare",
