@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
 
 
 WHAT_NEXT = {
-    "lm": 'python -m mini sample {out} "The "',
+    "lm": 'python -m mini sample {out} "Return the"',
     "classify": 'python -m mini classify {out} "some text"',
     "pairs": 'python -m mini sample {out} "some prompt"',
 }
