@@ -43,12 +43,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def plot_metrics(rows: list[dict], path: Path) -> bool:
-    """Draws training and validation loss over the steps; False where matplotlib is not installed."""
+def plot_metrics(rows: list[dict], path: Path) -> None:
+    """Draws training and validation loss over the steps, where matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
-        return False
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -62,4 +62,3 @@ def plot_metrics(rows: list[dict], path: Path) -> bool:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    return True

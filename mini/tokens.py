@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -27,9 +26,7 @@ from tqdm import tqdm
 from mini.config import UserError
 from mini.corpus import TextSplit
 from mini.storage import atomic_folder, read_json, write_json
-
-if TYPE_CHECKING:
-    from mini.tokenizer import Tokenizer
+from mini.tokenizer import Tokenizer
 
 FORMAT = "mini tokens 1"
 BATCH = 2**19  # bytes of text, of one document or many, that a thread encodes at a time
@@ -94,7 +91,7 @@ def map_file(path: Path, dtype: str, n: int) -> np.ndarray:
 
 def write_tokens(
     splits: dict[str, TextSplit],
-    tokenizer: "Tokenizer",
+    tokenizer: Tokenizer,
     out: str | Path,
     progress: bool = True,
     workers: int | None = None,
@@ -133,7 +130,7 @@ def write_tokens(
 
 
 @dataclass
-class Batch:
+class Encoded:
     """Some text, encoded. Places count from the batch's first token."""
 
     tokens: np.ndarray
@@ -142,7 +139,7 @@ class Batch:
     n_bytes: int
 
 
-def write_split(folder: Path, name: str, batches: Iterator[Batch], dtype: str, bar: tqdm) -> dict:
+def write_split(folder: Path, name: str, batches: Iterator[Encoded], dtype: str, bar: tqdm) -> dict:
     """Writes one split's files. Returns what meta.json says of it."""
     n_tokens = n_documents = n_sentences = n_bytes = 0
     digest = hashlib.sha256()
@@ -171,7 +168,7 @@ def write_split(folder: Path, name: str, batches: Iterator[Batch], dtype: str, b
     }
 
 
-def encode_batches(split: TextSplit, tokenizer: "Tokenizer", pool: ThreadPoolExecutor, ahead: int) -> Iterator[Batch]:
+def encode_batches(split: TextSplit, tokenizer: Tokenizer, pool: ThreadPoolExecutor, ahead: int) -> Iterator[Encoded]:
     """Yields a split's text, encoded, in order. At most `ahead` batches are on their way."""
     running: deque = deque()
     pieces, size, context = [], 0, b""
@@ -191,7 +188,7 @@ def encode_batches(split: TextSplit, tokenizer: "Tokenizer", pool: ThreadPoolExe
         yield encode_batch(pieces, tokenizer)
 
 
-def encode_batch(pieces: list[tuple[bool, bytes, bytes]], tokenizer: "Tokenizer") -> Batch:
+def encode_batch(pieces: list[tuple[bool, bytes, bytes]], tokenizer: Tokenizer) -> Encoded:
     """Encodes pieces of text, each given as (starts_document, the text just before it, the text)."""
     tokens, documents, sentences = [], [], []
     n_tokens = 0
@@ -206,7 +203,7 @@ def encode_batch(pieces: list[tuple[bool, bytes, bytes]], tokenizer: "Tokenizer"
         tokens.append(ids)
         sentences.append(n_tokens + places)
         n_tokens += len(ids)
-    return Batch(
+    return Encoded(
         np.concatenate(tokens).astype(np.uint32),
         np.array(documents, np.uint64),
         np.unique(np.concatenate(sentences)).astype(np.uint64),  # one token may hold the starts of two
@@ -214,7 +211,7 @@ def encode_batch(pieces: list[tuple[bool, bytes, bytes]], tokenizer: "Tokenizer"
     )
 
 
-def encode_piece(piece: bytes, starts: np.ndarray, tokenizer: "Tokenizer") -> tuple[np.ndarray, np.ndarray]:
+def encode_piece(piece: bytes, starts: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tokens, and for each byte in `starts` which of them begins there, or else holds it."""
     ids = tokenizer.encode_array(piece)
     ends = np.cumsum(tokenizer.byte_lengths[ids])  # (T,) the byte before which each token ends
