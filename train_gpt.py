@@ -27,8 +27,9 @@ from mini.data import (
     labelled_tokenizer,
     prepare_tokens,
 )
+from mini.devices import World
 from mini.gpt import GPT
-from mini.train import World, part_size, train
+from mini.train import part_size, train
 
 FINETUNE = dict(
     optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from mini import bench as benchmarks
 from mini.config import DataConfig, ModelConfig, UserError, check, nearest, option, parse_flags, run_command
 from mini.data import pad, read_rows, text_ids, write_token_folder
+from mini.devices import can_compile, pick_device
 from mini.runs import load_run, read_config
-from mini.train import can_compile, pick_device
 
 
 @dataclass

@@ -16,11 +16,12 @@ from mini import runs, tasks
 from mini.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, check, option, parse_flags
 from mini.corpus import open_corpus
 from mini.data import BPE_BYTES, LMWindows, prepare_tokens
+from mini.devices import World, can_compile, pick_dtype
 from mini.gpt import GPT
 from mini.report import matmul_speed, synchronize
 from mini.tokenizer import ByteTokenizer, train_bpe
 from mini.tokens import TokenFile, write_tokens
-from mini.train import World, can_compile, pick_dtype, train
+from mini.train import train
 
 
 @dataclass

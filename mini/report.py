@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mini.devices import World
+
 
 def flops_per_token(model: nn.Module, length: int) -> int:
     """Multiply-adds × 2 of a forward pass for one token among `length`, counted from the modules.
@@ -35,6 +37,27 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 0) -> flo
         synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(times[2:])  # the first two warm up
+
+
+class Speedometer:
+    """Tokens per second of training alone, without evaluation, samples and checkpoints; and the share of the
+    device's own matmul speed that the model's arithmetic amounts to (MFU), for tasks whose batches are full."""
+
+    def __init__(self, model: nn.Module, task, dtype: torch.dtype, world: World, state: dict):
+        self.work = 3 * flops_per_token(model, model.config.max_len) if task.fixed_shape else 0  # forward + backward
+        self.peak = world.size * matmul_speed(world.device, dtype) if task.fixed_shape else 0
+        self.last = dict(state)
+
+    def since_last(self, state: dict) -> dict:
+        last, self.last = self.last, dict(state)
+        return self.figures(state["tokens"] - last["tokens"], state["train_seconds"] - last["train_seconds"])
+
+    def overall(self, state: dict) -> dict:
+        return self.figures(state["tokens"], state["train_seconds"])
+
+    def figures(self, tokens: int, seconds: float) -> dict:
+        rate = tokens / seconds
+        return {"tokens_per_s": rate} | ({"mfu": rate * self.work / self.peak} if self.work else {})
 
 
 def synchronize(device: torch.device) -> None:

@@ -8,18 +8,13 @@ as if it had never stopped.
 """
 
 import contextlib
-import ctypes
 import math
-import os
 import signal
 import time
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -27,130 +22,13 @@ from tqdm import tqdm
 from mini import runs
 from mini.config import TrainConfig, UserError
 from mini.data import mix
+from mini.devices import World, can_compile, keep_memory, pick_dtype
 from mini.optim import make_optimizers, schedule
-from mini.report import flops_per_token, matmul_speed, plot_metrics
+from mini.report import Speedometer, plot_metrics
 from mini.runs import RunConfig
 from mini.storage import load_tensors, load_weights, save_tensors, weights, write_json
 
 
-# ---------------------------------------------------------------- processes and devices
-class World:
-    """The processes that train together: one alone, or as many as torchrun started."""
-
-    def __init__(self, device: str):
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-        if self.size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=4))  # rank 0 may tokenize for long
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def say(self, *text: object) -> None:
-        """Prints from rank 0, without tearing a progress bar apart."""
-        if self.main:
-            tqdm.write(" ".join(map(str, text)))
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def highest(self, value: int) -> int:
-        """The highest of all ranks' values."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return int(tensor)
-
-    def main_first(self, make: Callable):
-        """make() on rank 0, then on the others: what the first one builds, the others find."""
-        if self.main:
-            failed = torch.ones((), device=self.device)
-            try:
-                result = make()
-                failed.zero_()
-                return result
-            finally:
-                self.sum(failed)
-        if self.sum(torch.zeros((), device=self.device)):
-            raise SystemExit(2)  # rank 0 says why
-        return make()
-
-    def leave(self) -> None:
-        """Ends together: a process that goes while another still talks to it can take it down."""
-        if self.size > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-
-
-def pick_device(name: str, index: int = 0) -> torch.device:
-    """The device of a --device flag; auto takes a GPU where there is one. Refuses one that does not work."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", index)
-            torch.cuda.set_device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively; else float32 by the fast path, TF32 on GPUs.
-
-    An explicit float32 means all of its bits.
-    """
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if name == "auto":
-        torch.set_float32_matmul_precision("high")
-        return torch.bfloat16 if native else torch.float32
-    return getattr(torch, name)
-
-
-def can_compile(device: torch.device, say: Callable) -> bool:
-    """Whether torch.compile works on this machine, which needs a C++ compiler, or Triton on a GPU; says if not."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        say(f"torch.compile does not work here, going on without it ({reason})")
-        return False
-    torch._dynamo.config.suppress_errors = True  # whatever else cannot be compiled runs as it is
-    return True
-
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
-
-
-def keep_memory() -> None:
-    """Tells glibc to keep freed memory for the next step instead of returning it to the system.
-
-    Otherwise every large activation is fresh memory that the system first fills with zeros, page by page: with
-    it, a training step on a CPU takes up to a third longer. Elsewhere (macOS, musl) this does nothing.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        if mallopt(M_MMAP_THRESHOLD, 2**30):  # old versions refuse; the others alone would not help
-            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-            mallopt(M_TOP_PAD, 2**28)
-
-
-# ---------------------------------------------------------------- the loop
 class Objective(nn.Module):
     """The task's loss as a module's forward, which is what DDP and torch.compile wrap."""
 
@@ -280,27 +158,6 @@ def finish(model: nn.Module, task, result: dict, folder: Path) -> None:
     plot_metrics(runs.read_metrics(folder), folder / "loss.png")
     write_json(folder / "result.json", result)
     (folder / "best.safetensors").unlink(missing_ok=True)
-
-
-class Speedometer:
-    """Tokens per second of training alone, without evaluation, samples and checkpoints; and the share of the
-    device's own matmul speed that the model's arithmetic amounts to (MFU), for tasks whose batches are full."""
-
-    def __init__(self, model: nn.Module, task, dtype: torch.dtype, world: World, state: dict):
-        self.work = 3 * flops_per_token(model, model.config.max_len) if task.fixed_shape else 0  # forward + backward
-        self.peak = world.size * matmul_speed(world.device, dtype) if task.fixed_shape else 0
-        self.last = dict(state)
-
-    def since_last(self, state: dict) -> dict:
-        last, self.last = self.last, dict(state)
-        return self.figures(state["tokens"] - last["tokens"], state["train_seconds"] - last["train_seconds"])
-
-    def overall(self, state: dict) -> dict:
-        return self.figures(state["tokens"], state["train_seconds"])
-
-    def figures(self, tokens: int, seconds: float) -> dict:
-        rate = tokens / seconds
-        return {"tokens_per_s": rate} | ({"mfu": rate * self.work / self.peak} if self.work else {})
 
 
 def part_size(options: TrainConfig, world: World) -> int:
