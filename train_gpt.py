@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 from pathlib import Path
 
 import torch
@@ -35,11 +36,15 @@ FINETUNE = dict(
     optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,
     epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
 )  # fmt: skip
+# What a run to start from has settled.
+SHAPE = {"n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_ff", "vocab_size", "activation", "tied", "bias"}
 
 
 def main(argv: list[str]) -> None:
     task_name = peek(argv, "task", "lm")
-    defaults = dict(out="out/gpt") if task_name == "lm" else FINETUNE | dict(out=f"out/gpt-{task_name}")
+    preset = peek(argv, "preset", "laptop")
+    name = "gpt" if preset == "laptop" else preset
+    defaults = dict(out=f"out/{name}") if task_name == "lm" else FINETUNE | dict(out=f"out/{name}-{task_name}")
     classes = [RunOptions, ModelConfig, DataConfig, OptimConfig, TrainConfig]
     (run, model_config, data, optim, training), given = parse_flags(argv, classes, __doc__, "laptop", **defaults)
     if "steps" in given:
@@ -55,6 +60,9 @@ def main(argv: list[str]) -> None:
         start, start_labels = runs.load_model(run.init, kind="gpt"), runs.read_labels(run.init)
         tokenizer = init_tokenizer(run.init, data.tokenizer if "tokenizer" in given else None)
         flags = {name: getattr(model_config, name) for name in given if hasattr(model_config, name)}
+        for name in SHAPE & flags.keys():
+            if flags[name] != getattr(start.config, name):
+                raise UserError(f"--{name} {flags[name]}: {run.init} has {getattr(start.config, name)}; leave it out")
         model_config = dataclasses.replace(start.config, n_classes=0, **flags)
 
     # Text -> tokens -> the examples of each step.
@@ -99,19 +107,13 @@ def main(argv: list[str]) -> None:
 
     if world.main:
         print("\n" + epilogue(result))
-        if task_name == "lm":
-            model, _ = runs.load_run(out, world.device)
-            print("\nA sample:\n" + "\n".join("    " + line for line in task.sample(model).splitlines()))
-        print(f"\nThe run is in {out}. Next: {WHAT_NEXT[task_name].format(out=out)}")
+        model, _ = runs.load_run(out, world.device)
+        if sample := task.sample(model):
+            print("\nA sample:\n" + "\n".join("    " + line for line in sample.splitlines()))
+        command = "classify" if task_name == "classify" else "sample"
+        print(f"\nThe run is in {out}. Next: python -m mini {command} {out} {shlex.quote(task.example())}")
         print(json.dumps(result))
     world.leave()
-
-
-WHAT_NEXT = {
-    "lm": 'python -m mini sample {out} "Return the"',
-    "classify": 'python -m mini classify {out} "some text"',
-    "pairs": 'python -m mini sample {out} "some prompt"',
-}
 
 
 def prologue(model: GPT, task, world: World) -> str:

@@ -15,6 +15,7 @@ from mini.config import DataConfig, ModelConfig, UserError, check, nearest, opti
 from mini.data import pad, read_rows, text_ids, write_token_folder
 from mini.devices import can_compile, pick_device
 from mini.runs import load_run, read_config
+from mini.tokens import is_token_folder
 
 
 @dataclass
@@ -103,7 +104,10 @@ def classify(argv: list[str]) -> None:
     model, tokenizer = load_run(options.run, pick_device(options.device))
     labels = read_config(options.run).labels
     if not labels:
-        raise UserError(f"{options.run} is not a classifier: train one with --task classify --init {options.run}")
+        raise UserError(
+            f"{options.run} is not a classifier: make one of it with "
+            f"python train_gpt.py --task classify --init {options.run} --train FILE --valid FILE"
+        )
     texts = [{"text": text} for text in options.texts]
     if len(texts) == 1 and Path(options.texts[0]).suffix in (".tsv", ".csv", ".jsonl"):
         texts = [row for _, row in read_rows(options.texts[0], ["text"], ("text_b",))]
@@ -139,9 +143,13 @@ class TokensOptions:
 
 
 def tokens(argv: list[str]) -> None:
-    (options, data), _ = parse_flags(argv, [TokensOptions, DataConfig], TokensOptions.__doc__)
+    (options, data), _ = parse_flags(
+        argv, [TokensOptions, DataConfig], TokensOptions.__doc__, without={"data", "train"}
+    )
     if not options.out:
         raise UserError("name the folder to make with --out DIR")
+    if is_token_folder(options.out):
+        raise UserError(f"{options.out} is a token folder already: delete it, or name another with --out")
     files = options.files[0] if len(options.files) == 1 else options.files
     data = dataclasses.replace(data, data=files)
     folder = write_token_folder(data, options.vocab_size, None, Path(options.out), options.workers or None)

@@ -23,6 +23,8 @@ from mini.tokenizer import ByteTokenizer, train_bpe
 from mini.tokens import TokenFile, write_tokens
 from mini.train import train
 
+PROMPT = 8  # tokens that a generation goes on from
+
 
 @dataclass
 class BenchOptions:
@@ -52,6 +54,10 @@ class BenchOptions:
 
 def run(options: BenchOptions, config: ModelConfig, given: set[str]) -> None:
     """Prints a line for each figure, then all of them as one JSON object."""
+    if options.what in ("all", "generate") and config.max_len < options.new_tokens + PROMPT:
+        raise UserError(
+            f"--new_tokens {options.new_tokens} and a prompt of {PROMPT} do not fit --max_len {config.max_len}"
+        )
     world = World(options.device)
     dtype = pick_dtype(options.dtype, world.device)
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
@@ -106,11 +112,9 @@ def training_speed(options: BenchOptions, config: ModelConfig, world: World) -> 
 
 def generation_speed(options: BenchOptions, config: ModelConfig, batch: int, dtype: torch.dtype, world: World) -> float:
     """New tokens per second over the whole batch, greedy, with the cache, the weights stored in dtype."""
-    if config.max_len < options.new_tokens + 8:
-        raise UserError(f"--new_tokens {options.new_tokens} and a prompt of 8 do not fit --max_len {config.max_len}")
     torch.manual_seed(0)
     model = GPT(config).to(world.device, dtype).eval()
-    prompt = torch.randint(config.vocab_size, (batch, 8), device=world.device)
+    prompt = torch.randint(config.vocab_size, (batch, PROMPT), device=world.device)
     compiled = options.compile != "false" and can_compile(world.device, world.say)
     times = []
     for _ in range(1 + options.repeats):

@@ -274,12 +274,12 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unexpected argument {unknown[0]!r}; see --help")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict) -> None:
+def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict, without: set[str]) -> None:
     """One flag for each field of a dataclass, in a group of its own, its default shown."""
     title = cls.__name__.removesuffix("Config").removesuffix("Options").lower()
     group = parser.add_argument_group(title, cls.__doc__.splitlines()[0])
     for f in dataclasses.fields(cls):
-        if not f.metadata.get("flag", True):
+        if not f.metadata.get("flag", True) or f.name in without:
             continue
         default = defaults.get(f.name, f.default)
         shown = str(default).lower() if isinstance(default, bool) else default
@@ -304,8 +304,17 @@ def peek(argv: list[str], name: str, default: str) -> str:
     return getattr(parser.parse_known_args(argv)[0], name)
 
 
-def parse_flags(argv: list[str], classes: list, description: str, preset: str | None = None, **defaults):
+def parse_flags(
+    argv: list[str],
+    classes: list,
+    description: str,
+    preset: str | None = None,
+    without: set[str] = frozenset(),
+    **defaults,
+):
     """Reads a command line into dataclasses: the fields' defaults < preset < defaults < flags.
+
+    without: fields that are no flags of this command.
 
     Returns ([one object for each class], the names of the flags that were given).
     Raises UserError for anything unknown or misspelt, naming the nearest flag.
@@ -318,7 +327,7 @@ def parse_flags(argv: list[str], classes: list, description: str, preset: str | 
             raise UserError(f"unknown preset {name}{nearest(name, PRESETS)}: choose one of {', '.join(PRESETS)}")
         defaults = PRESETS[name] | defaults
     for cls in classes:
-        add_flags(parser, cls, defaults)
+        add_flags(parser, cls, defaults, without)
     known, unknown = parser.parse_known_args(argv)
     parser.refuse_unknown(unknown)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mini import pydocs
-from mini.config import UserError
+from mini.config import UserError, nearest
 from mini.fetch import KNOWN, fetch_known
 
 READING = 1  # raise it when the same files begin to be read as other text: cached tokens are then made anew
@@ -195,8 +195,9 @@ def is_known(data: str | list[str]) -> bool:
 
 
 def no_such(data: str | Path) -> UserError:
-    names = ", ".join([DEFAULT, *KNOWN])
-    return UserError(f"{data}: no such file or folder, nor a corpus that is known by name ({names})")
+    names = [DEFAULT, *KNOWN]
+    hint = nearest(str(data), names)
+    return UserError(f"{data}: no such file or folder, nor a corpus that is known by name ({', '.join(names)}){hint}")
 
 
 def open_reader(data: str | list[str], separator: str | None, errors: str) -> Reader:

@@ -211,7 +211,7 @@ def read_table(text: str, path: Path, columns: list[str]) -> list[tuple[str, dic
         for name in columns:
             if name not in (reader.fieldnames or []):
                 found = ", ".join(reader.fieldnames or ["nothing"])
-                raise UserError(f"{path}:1: the header has no column {name!r} (it has {found})")
+                raise UserError(f"{path}:1: the header has no column {name!r} (it has {found[:80]})")
         for row in reader:
             if None in row:
                 raise UserError(f"{path}:{reader.line_num}: more columns than the header has")

@@ -44,6 +44,9 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def lowest(self, value: int) -> int:
+        return -self.highest(-value)
+
     def highest(self, value: int) -> int:
         """The highest of all ranks' values."""
         if self.size == 1:
@@ -77,14 +80,17 @@ def pick_device(name: str, index: int = 0) -> torch.device:
     """The device of a --device flag; auto takes a GPU where there is one. Refuses one that does not work."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: choose one of auto, cpu, cuda, mps")
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # what a build without that device raises differs from version to version
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--device {name} does not work here: {reason}") from None
     return device
 
 

@@ -107,6 +107,11 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Yields the next token of every row, (B,), until max_new_tokens or until all rows have stopped.
 
+        Greedy and for one length of prompt, what it computes is
+
+            for _ in range(max_new_tokens):
+                tokens = cat([tokens, self(tokens[:, -max_len:])[:, -1].argmax(-1, keepdim=True)], dim=1)
+
         tokens (B, T): prompts; lengths (B,): their real lengths where they are padded at the right.
         temperature 0 is greedy. stop: tokens that end a row; it then repeats stop[0].
         use_cache=False recomputes everything for each token and gives the same tokens. Once a row is longer than
@@ -137,7 +142,7 @@ class GPT(nn.Module):
         new = None
         for _ in range(max_new_tokens):
             if cache is not None and longest <= max_len:
-                if new is None:  # the whole prompt at once; filling after a short prompt is overwritten later
+                if new is None:  # the whole prompt at once; slots of filling are masked until they are overwritten
                     cache.length = longest
                     positions = torch.arange(longest, device=device).expand(B, -1)  # (B, T)
                     hidden = self.stack(text[:, :longest], positions=positions, cache=cache)  # (B, T, C)

@@ -68,9 +68,9 @@ class RunConfig:
 def read_config(folder: str | Path) -> RunConfig:
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such run folder")
+        raise UserError(f"{folder}: {'is a file, not a run folder' if Path(folder).exists() else 'no such run folder'}")
     if not path.is_file():
-        raise UserError(f"{folder}: not a run folder (it has no config.json)")
+        raise UserError(f"{folder}: not a run folder (it has no config.json); name one, or a new folder for --out")
     values = read_json(path)
     if values.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not written by this version of mini")
@@ -204,7 +204,8 @@ def compare(old: RunConfig, new: RunConfig) -> list[str]:
     free = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get("resume")}
     before, now = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
     names = sorted(name for name in before | now if before.get(name) != now.get(name) and name not in free)
-    return [f"{name} was {before.get(name)}, now {now.get(name)}" for name in names]
+    changes = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in names if name != "tokens"]
+    return changes + (["the training text is another"] if "tokens" in names else [])
 
 
 def flatten(values: dict) -> dict:

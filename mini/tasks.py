@@ -8,6 +8,7 @@ A task has
     measure(model, inputs)  {name: tensor} of sums over a validation batch; the loop adds them up over all of them
     metrics(sums)           those sums and counts as figures
     sample(model)           a text that shows a person what the model can do, or None
+    example()               an input to try it with
 """
 
 import numpy as np
@@ -46,6 +47,11 @@ class LanguageModelling:
         new = model.generate(start, min(100, model.config.max_len), **options)[0, 1:].tolist()
         return self.tokenizer.decode([i for i in new if i != self.tokenizer.eot]).strip()
 
+    def example(self) -> str:
+        """A prompt to try: the first words of the validation text."""
+        words = self.tokenizer.decode(self.data.valid[1:60].tolist()).split()
+        return " ".join(words[:3])
+
 
 class Answering(LanguageModelling):
     """Predict the answer to a prompt."""
@@ -58,6 +64,10 @@ class Answering(LanguageModelling):
         new = model.generate(prompt, 40, stop=[self.tokenizer.eot])[0, start:].tolist()
         answer = self.tokenizer.decode([i for i in new if i != self.tokenizer.eot])
         return f"{self.tokenizer.decode(ids[:start])}\n-> {answer}"
+
+    def example(self) -> str:
+        ids, start = self.data.valid[0]
+        return self.tokenizer.decode(ids[:start])
 
 
 class Classification:
@@ -88,3 +98,6 @@ class Classification:
 
     def sample(self, model: nn.Module) -> None:
         return None
+
+    def example(self) -> str:
+        return "some text"

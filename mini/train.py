@@ -1,6 +1,14 @@
 """The loop: every training in mini, whatever the model and the task, goes through train().
 
-One step: the global batch of the step is cut into equal parts, one for each rank and accumulation; each part's
+    for step in range(from the newest checkpoint, steps):
+        set the learning rate
+        backward()            each part of the step's batch: forward, loss / count of the whole batch, backward
+        clip_gradients()      and stop the run if loss or norm is not a number
+        optimizer.step()
+        now and then: a line of metrics.jsonl, evaluate(), show_sample(), a checkpoint
+    finish()
+
+One step in words: the global batch of the step is cut into equal parts, one for each rank and accumulation; each part's
 summed losses are divided by the counts of the whole batch, so that the gradients add up to that of the one big
 batch; then one optimizer step. Dropout is seeded from (seed, step, first example of the part): with parts of the
 same size nothing depends on how many processes share them (1 x 4, 2 x 2, 4 x 1), and a run goes on from a checkpoint
@@ -10,6 +18,7 @@ as if it had never stopped.
 import contextlib
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -68,11 +77,11 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
     if wanted and can_compile(world.device, world.say):
         objective = torch.compile(objective)
     if world.size > 1:
-        objective = DistributedDataParallel(objective, broadcast_buffers=False)  # buffers are tables, never trained
+        objective = DistributedDataParallel(objective)
     speed = Speedometer(model, task, dtype, world, state)
 
     began = time.perf_counter() - state["seconds"]
-    bar = tqdm(total=steps, initial=state["step"], disable=not world.main, unit="step", dynamic_ncols=True)
+    bar = progress_bar(total=steps, initial=state["step"], disable=not world.main, unit="step")
     with Interrupts() as interrupts, bar:
         for step in range(state["step"], steps):
             stop = world.highest(interrupts.received)
@@ -97,7 +106,8 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
                 row = {"step": done, "loss": loss, "lr": optim.lr * share, "grad_norm": norm, **speed.since_last(state)}
                 if len(losses) > 1:
                     row |= losses
-                bar.set_postfix_str(f"loss {loss:.3f}, lr {row['lr']:.2g}, {row['tokens_per_s']:,.0f} tokens/s")
+                postfix = f"loss {loss:.3f}, lr {row['lr']:.2g}, {row['tokens_per_s']:,.0f} tokens/s"
+                bar.set_postfix_str(postfix, refresh=False)
                 if evaluating:
                     figures = evaluate(model, task, world, dtype, part, 0 if last else options.eval_tokens)
                     if not math.isfinite(figures["val_loss"]):
@@ -143,7 +153,7 @@ def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> di
     if checkpoint := runs.newest_checkpoint(folder, world.say):
         state |= runs.load_checkpoint(checkpoint, model, optimizers)
         world.say(f"going on from {checkpoint}")
-    if world.highest(state["step"]) != state["step"] or world.highest(-state["step"]) != -state["step"]:
+    if world.lowest(state["step"]) != world.highest(state["step"]):
         raise UserError(f"{folder}: the ranks see different checkpoints; put the run on a file system that all share")
     if world.main:
         runs.rewind(folder, state["step"])
@@ -168,6 +178,11 @@ def part_size(options: TrainConfig, world: World) -> int:
             f"--batch_size {options.batch_size} cannot be cut into {world.size} ranks x {options.accumulation} parts"
         )
     return size
+
+
+def progress_bar(**options) -> tqdm:
+    """A bar that is drawn ten times a second on a terminal, and twice a minute in a log file."""
+    return tqdm(mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)
 
 
 def falls_on(step: int, every: int) -> bool:
@@ -203,7 +218,8 @@ def backward(
         with objective.no_sync() if alone else contextlib.nullcontext():
             with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 losses = objective(batch.to(world.device).inputs)
-            # DDP averages over the ranks, where a sum is wanted
+            # Σ over all parts and ranks of (a part's summed loss / the whole batch's count) is the batch's mean loss.
+            # Backward passes add up a rank's parts; DDP averages over the ranks, so world.size makes that a sum.
             sum(world.size / count * losses[name] for name, count in zip(names, counts, strict=True)).backward()
         sums += torch.stack([losses[name].detach() for name in names])
     values = world.sum(sums).tolist()
@@ -221,7 +237,7 @@ def evaluate(model: nn.Module, task, world: World, dtype: torch.dtype, batch_siz
     """The task's figures on the whole validation set (or its first `limit` tokens), shared out over the ranks."""
     model.eval()
     sums: dict[str, Tensor] = {}
-    progress = tqdm(desc="evaluating", leave=False, delay=2, disable=not world.main, unit="batch", dynamic_ncols=True)
+    progress = progress_bar(desc="evaluating", leave=False, delay=2, disable=not world.main, unit="batch")
     with progress:
         for i, batch in enumerate(task.data.validation(batch_size, limit)):
             mine = i % world.size == world.rank

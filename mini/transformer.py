@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_later
 
 from mini.config import ModelConfig
 
@@ -25,20 +25,6 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
-
-
-class Linear(nn.Linear):
-    """y = xWᵀ + b. In a compiled CPU step of a single token, written as a sum that is fused with its surroundings.
-
-    The library's product of one bfloat16 row takes about twice as long as reading W once, which this does.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
-            y = (self.weight.float() * x.float().flatten()).sum(dim=-1)  # (out, in) * (in) -> (out)
-            y = y if self.bias is None else y + self.bias.float()
-            return y.to(x.dtype).view(*x.shape[:-1], -1)
-        return super().forward(x)
 
 
 # ---------------------------------------------------------------- positions
@@ -60,7 +46,8 @@ def rope_table(length: int, size: int, base: float) -> Tensor:
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turns each pair (x_i, x_{i + D/2}) of x (B, T, H, D) by its position's angle; rope (2, 1 or B, T, 1, D).
 
-    (a, b) -> (a cos - b sin, b cos + a sin), so that q·k depends on the distance of two positions only.
+    (a, b) -> (a cos - b sin, b cos + a sin), so that q·k depends on the distance of two positions only. With
+    D = 4: (x0, x1, x2, x3) * (c0, c1, c0, c1) + (x2, x3, x0, x1) * (-s0, -s1, s0, s1).
     """
     cos, sin = rope.to(x.dtype)
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
@@ -123,6 +110,20 @@ class KVCache:
         keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)  # (B, T, K, D) at (row, :, position)
         values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
         return keys[:, :, : self.length], values[:, :, : self.length]
+
+
+class Linear(nn.Linear):
+    """y = xWᵀ + b. In a compiled CPU step of a single token, written as a sum that is fused with its surroundings.
+
+    The library's product of one bfloat16 row takes about twice as long as reading W once, which this does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
+            y = (self.weight.float() * x.float().flatten()).sum(dim=-1)  # (out, in) * (in) -> (out)
+            y = y if self.bias is None else y + self.bias.float()
+            return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -199,13 +200,20 @@ class Block(nn.Module):
         self.norm2 = make_norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        """x (B, T, C) -> (B, T, C); context: mask, rope, positions, cache, as Attention takes them."""
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rope: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C); the rest as Attention takes it."""
         if self.pre_norm:  # GPT-2: a clean residual path from embedding to head
-            x = x + self.dropout(self.attention(self.norm1(x), *context))
+            x = x + self.dropout(self.attention(self.norm1(x), mask, rope, positions, cache))
             return x + self.dropout(self.mlp(self.norm2(x)))
         # BERT and the original Transformer: the norm stands on the residual path
-        x = self.norm1(x + self.dropout(self.attention(x, *context)))
+        x = self.norm1(x + self.dropout(self.attention(x, mask, rope, positions, cache)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
@@ -268,7 +276,7 @@ class Transformer(nn.Module):
                 mask = mask & torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()  # (B, 1, T, S)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, mask, rope, positions, cache, use_reentrant=False)
+                x = recompute_later(block, x, mask, rope, positions, cache, use_reentrant=False)
             else:
                 x = block(x, mask, rope, positions, cache)
         return self.norm(x) if self.config.norm_place == "pre" else x

@@ -177,6 +177,7 @@ def test_zero_init_starts_at_the_uniform_distribution():
     assert float(loss) == pytest.approx(math.log(SMALL.vocab_size), rel=1e-5)
 
 
+@torch.no_grad()
 def test_initial_weights():
     torch.manual_seed(0)
     model = GPT(ModelConfig(n_layers=8, n_heads=2, d_model=128, vocab_size=500))

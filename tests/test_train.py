@@ -260,7 +260,7 @@ def test_init_starts_from_the_weights(dropout_run, text_file, tmp_path, command)
     done = command(*flags, "--eval_every", 0, "--sample_every", 0, "--out", tmp_path / "run")
     assert last_json(done)["val_loss"] == pytest.approx(result["val_loss"], rel=1e-2)
     refused = ["--steps", 1, "--d_model", 16, "--out", tmp_path / "refused"]
-    assert "do not fit" in command("train_gpt.py", "--init", folder, "--data", text_file, *refused, status=2).stderr
+    assert "--d_model 16: " in command("train_gpt.py", "--init", folder, "--data", text_file, *refused, status=2).stderr
     assert not (tmp_path / "refused").exists()
     tensors = load_tensors(tmp_path / "run" / "model.safetensors")
     for name, tensor in load_tensors(folder / "model.safetensors").items():
