@@ -82,6 +82,8 @@ def pick_device(name: str, index: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.split(":")[0] not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name}: choose one of auto, cpu, cuda, mps")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch finds no NVIDIA GPU here; leave the flag out or take cpu")
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:

@@ -105,9 +105,10 @@ def fetch_into(folder: Path, name: str) -> Path:
 
     if failure := download(known.url, part):
         packed = folder / (name + Path(known.url).suffix)
+        places = f"{target}" if packed == target else f"{packed}, or unpacked at {target}"
         raise UserError(
-            f"{name}: cannot fetch {known.url} ({failure}); try again to go on, or put that file by hand at "
-            f"{packed} (unpacked, with its {known.size:,} bytes, at {target}), or give a path as --data"
+            f"{name}: cannot fetch {known.url} ({failure}); try again to go on, or put that file "
+            f"({known.size:,} bytes when unpacked) at {places}, or give a path as --data"
         )
     wrong = unpack(part, target, known)
     part.unlink()
