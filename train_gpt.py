@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     # The folder, new or going on.
     config = runs.RunConfig("gpt", task_name, model_config, data, optim, training, run.init, labels, tokens)
     out = Path(run.out)
-    world.main_first(lambda: runs.start_run(out, config, tokenizer, run.overwrite and world.main))
+    locked = world.main_first(lambda: runs.start_run(out, config, tokenizer, run.overwrite, world.main))
     result = runs.read_result(out)
     if result:
         world.say(f"{out} is finished already: --overwrite true trains it anew, another --out trains another")
@@ -114,6 +114,8 @@ def main(argv: list[str]) -> None:
         print(f"\nThe run is in {out}. Next: python -m mini {command} {out} {shlex.quote(task.example())}")
         print(json.dumps(result))
     world.leave()
+    if locked:
+        locked.close()
 
 
 def prologue(model: GPT, task, world: World) -> str:

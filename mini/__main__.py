@@ -14,7 +14,7 @@ from mini import bench as benchmarks
 from mini.config import DataConfig, ModelConfig, UserError, check, nearest, option, parse_flags, run_command
 from mini.data import pad, read_rows, text_ids, write_token_folder
 from mini.devices import can_compile, pick_device
-from mini.runs import load_run, read_config
+from mini.runs import load_run, read_labels
 from mini.tokens import is_token_folder
 
 
@@ -102,7 +102,7 @@ class ClassifyOptions:
 def classify(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [ClassifyOptions], ClassifyOptions.__doc__)
     model, tokenizer = load_run(options.run, pick_device(options.device))
-    labels = read_config(options.run).labels
+    labels = read_labels(options.run)
     if not labels:
         raise UserError(
             f"{options.run} is not a classifier: make one of it with "

@@ -35,7 +35,7 @@ def check(config) -> None:
             raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}{nearest(str(value), choices)}")
         low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not low <= number <= high:
+            if isinstance(number, int | float) and not (low <= number <= high and math.isfinite(number)):
                 least = f"at least {low:g}" if low > -math.inf else ""
                 most = f"at most {high:g}" if high < math.inf else ""
                 raise UserError(
@@ -160,7 +160,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """The loop. Fields marked resume may differ when an unfinished run goes on; they do not touch the result."""
+    """The loop. log_every, sample_every, checkpoint_every, keep and accumulation may change when a run goes on."""
 
     steps: int = option(1000, "optimizer steps", low=1)
     epochs: float = option(0.0, "passes over the training data, instead of --steps", low=0)
@@ -177,7 +177,7 @@ class TrainConfig:
     eval_tokens: int = option(0, "validation tokens that evaluations of lm before the last use; 0: all", low=0)
     log_every: int = option(10, "steps between lines of metrics.jsonl", resume=True, low=1)
     sample_every: int = option(250, "steps between printed samples; 0: never", resume=True, low=0)
-    checkpoint_every: int = option(250, "steps between checkpoints; 0: at the end only", resume=True, low=0)
+    checkpoint_every: int = option(250, "steps between checkpoints; 0: only when interrupted", resume=True, low=0)
     keep: int = option(2, "checkpoints kept", resume=True, low=1)
 
     def __post_init__(self):
@@ -357,7 +357,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         message, status = "interrupted", 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
+        raise SystemExit(141) from None
     except OSError as error:  # a full disk, a folder that may not be written
         message, status = f"error: {error.filename or 'the system'}: {error.strerror or error}", 2
     if os.environ.get("RANK", "0") == "0":  # of many processes, one speaks

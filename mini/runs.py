@@ -158,14 +158,18 @@ def read_labels(folder: str | Path) -> list[str]:
 
 
 # ---------------------------------------------------------------- starting and going on
-def start_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool) -> None:
-    """Makes a run folder, or checks that the one there is the same run.
+def start_run(
+    folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool = False, main: bool = True
+) -> IO | None:
+    """Makes a run folder, or checks that the one there is the same run; all but the main process only check.
 
+    Returns the main process's lock, which holds as long as it stays open.
     Raises UserError with the differences if the folder holds another run, or something else altogether.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name another folder with --out")
-    if overwrite and folder.exists() and any(folder.iterdir()):
+    locked = lock(folder) if main else None
+    if overwrite and main and folder.exists() and any(folder.iterdir()):
         read_config(folder)  # only a run is ever deleted
         remove_folder(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -175,22 +179,34 @@ def start_run(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: 
                 f"{folder} holds another run: {'; '.join(differences)}. Give the same flags to go on, another --out, "
                 f"or --overwrite true"
             )
-        return
-    with atomic_folder(folder) as temporary:
-        tokenizer.save(temporary)
-        config.save(temporary)
+    elif folder.exists():  # perhaps a link or a mounted disk: filled, not replaced; config.json last
+        tokenizer.save(folder)
+        config.save(folder)
+    else:
+        with atomic_folder(folder) as temporary:
+            tokenizer.save(temporary)
+            config.save(temporary)
+    return locked
 
 
 def lock(folder: Path) -> IO | None:
-    """Keeps other processes from training in this folder for as long as the returned file stays open."""
+    """Keeps other processes from training in this folder for as long as the returned file stays open.
+
+    The lock lies beside the folder, so that it outlives --overwrite.
+    """
     if fcntl is None:  # Windows
         return None
-    file = open(folder / ".lock", "w")  # noqa: SIM115
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise UserError(f"{folder}: another process is training here") from None
+    except OSError:  # some network file systems have no locks
+        file.close()
+        return None
     return file
 
 
@@ -245,11 +261,11 @@ def newest_checkpoint(folder: Path, say: Callable = lambda text: None, before: i
             check = state.pop("check", None)
             whole = check == digest(state)
             whole = whole and all(sha256(path / name) == value for name, value in state["sha256"].items())
-        except (UserError, OSError, KeyError, AttributeError):
+        except (UserError, FileNotFoundError, KeyError, AttributeError):
             whole = False
         if whole:
             return path
-        say(f"{path} is damaged (its checksums do not match); using the checkpoint before it")
+        say(f"{path} is damaged (its checksums do not match) and passed over")
     return None
 
 

@@ -56,7 +56,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """The same for a whole folder: what stands at `path` is complete at any time, the old one, the new one or none."""
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     temporary.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the finished folder
@@ -74,9 +74,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 def remove_folder(path: Path) -> None:
     """Deletes a folder if it is there: first its name at once, then its content, so that it is never half there."""
     if path.exists():
+        path = path.resolve()
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        os.replace(path, aside)
-        shutil.rmtree(aside)
+        try:
+            os.replace(path, aside)
+        finally:
+            shutil.rmtree(aside)
 
 
 def write_text(path: str | Path, text: str) -> None:

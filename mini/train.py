@@ -68,7 +68,6 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
     model.stack.checkpoint_activations = options.checkpoint_activations
     dtype = pick_dtype(options.dtype, world.device)
     optimizers = make_optimizers(model, optim, dtype)
-    locked = runs.lock(folder) if world.main else None
     state = resume(model, optimizers, folder, world)
 
     objective: nn.Module = Objective(model, task)
@@ -92,7 +91,7 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
             losses, n_tokens = backward(objective, task, step, part, options, dtype, world)
             loss, norm = sum(losses.values()), clip_gradients(model, optim.clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise diverged(step + 1, f"the loss is {loss} and the gradient norm {norm}", folder)
+                raise diverged(step + 1, f"the loss is {loss} and the gradient norm {norm}", step, folder)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -111,7 +110,7 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
                 if evaluating:
                     figures = evaluate(model, task, world, dtype, part, 0 if last else options.eval_tokens)
                     if not math.isfinite(figures["val_loss"]):
-                        raise diverged(done, f"the validation loss is {figures['val_loss']}", folder)
+                        raise diverged(done, f"the validation loss is {figures['val_loss']}", done, folder)
                     row |= {name: value for name, value in figures.items() if isinstance(value, float)}
                     world.say(f"step {done:>{len(str(steps))}}: " + describe(figures))
                     if task.best:
@@ -142,8 +141,6 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
     }
     if world.main:
         finish(model, task, result, folder)
-        if locked:
-            locked.close()
     return result
 
 
@@ -153,6 +150,8 @@ def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> di
     if checkpoint := runs.newest_checkpoint(folder, world.say):
         state |= runs.load_checkpoint(checkpoint, model, optimizers)
         world.say(f"going on from {checkpoint}")
+    elif runs.checkpoints(folder):
+        raise UserError(f"{folder}: every checkpoint is damaged; --overwrite true begins anew")
     if world.lowest(state["step"]) != world.highest(state["step"]):
         raise UserError(f"{folder}: the ranks see different checkpoints; put the run on a file system that all share")
     if world.main:
@@ -278,9 +277,9 @@ def show_sample(model: nn.Module, task, world: World, dtype: torch.dtype) -> Non
         world.say("\n".join("    | " + line for line in text.splitlines()))
 
 
-def diverged(step: int, what: str, folder: Path) -> UserError:
-    # The weights of a checkpoint are proved good only by the loss of the step after it.
-    good = runs.newest_checkpoint(folder, before=step - 1)
+def diverged(step: int, what: str, bad: int, folder: Path) -> UserError:
+    """bad: the number of steps after which the weights were no longer good."""
+    good = runs.newest_checkpoint(folder, before=bad)
     return UserError(
         f"step {step}: {what}, so the run stops here. Last good checkpoint: {good or 'none'}. "
         f"Try a smaller --lr, a longer --warmup, --clip 1 or --dtype float32, in another --out"

@@ -43,6 +43,7 @@ def test_kinds_of_values():
         (["--d_modle=3"], "unknown flag --d_modle (did you mean --d_model?)"),
         (["--preset", "gpt2-midium"], "unknown preset gpt2-midium (did you mean gpt2-medium?)"),
         (["--norm", "batchnorm"], "--norm batchnorm: choose one of layernorm, rmsnorm"),
+        (["--epochs", "inf"], "--epochs inf"),
         (["--lr", "fast"], "--lr fast: expected a number"),
         (["--n_layers", "2.5"], "--n_layers 2.5: expected a whole number"),
         (["--tied", "maybe"], "--tied maybe: expected true or false"),

@@ -128,6 +128,23 @@ def test_damaged_checkpoint_is_passed_over(dropout_run, tmp_path, command, damag
     assert newest_checkpoint(folder) == checkpoint
 
 
+def test_all_checkpoints_damaged(dropout_run, tmp_path, command):
+    whole, flags, _ = dropout_run
+    shutil.copytree(whole, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        path.unlink() if path.parent.name == "run" else path.write_bytes(b"junk")
+    (tmp_path / "run" / "result.json").unlink()
+    assert "every checkpoint is damaged" in command(*flags, "--out", tmp_path / "run", status=2).stderr
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2  # nothing is thrown away
+
+
+def test_an_existing_empty_folder_is_filled(text_file, tmp_path, command):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    command("train_gpt.py", "--data", text_file, *QUICK, "--steps", 1, "--out", tmp_path / "link")
+    assert (tmp_path / "disk" / "model.safetensors").exists()
+
+
 def test_changed_config_is_refused(dropout_run, command):
     folder, flags, _ = dropout_run
     before = weights_of(folder)
@@ -250,6 +267,7 @@ def test_two_processes_cannot_train_in_one_folder(dropout_run, cache, tmp_path, 
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             time.sleep(0.05)
         assert "another process is training here" in command(*argv, status=2).stderr
+        assert "another process" in command(*argv, "--overwrite", "true", status=2).stderr
     finally:
         first.kill()
 
