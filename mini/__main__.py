@@ -163,10 +163,10 @@ def tokens(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
-    (options, config), given = parse_flags(
+    (options, config), _ = parse_flags(
         argv, [benchmarks.BenchOptions, ModelConfig], benchmarks.BenchOptions.__doc__, vocab_size=8192
     )
-    benchmarks.run(options, config, given)
+    benchmarks.run(options, config)
 
 
 COMMANDS = {

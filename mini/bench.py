@@ -52,7 +52,7 @@ class BenchOptions:
             raise UserError(f"--batches {self.batches}: expected numbers such as 1,8")
 
 
-def run(options: BenchOptions, config: ModelConfig, given: set[str]) -> None:
+def run(options: BenchOptions, config: ModelConfig) -> None:
     """Prints a line for each figure, then all of them as one JSON object."""
     if options.what in ("all", "generate") and config.max_len < options.new_tokens + PROMPT:
         raise UserError(

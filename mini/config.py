@@ -171,7 +171,11 @@ class TrainConfig:
     dtype: str = option(
         "auto", "of matrix products; auto: bfloat16 where the hardware multiplies it", ("auto", "bfloat16", "float32")
     )
-    compile: str = option("auto", "torch.compile; auto: where it pays", ("auto", "true", "false"))
+    compile: str = option(
+        "auto",
+        "torch.compile; auto: on GPUs. On CPUs true is faster, but does not repeat to the bit",
+        ("auto", "true", "false"),
+    )
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory")
     eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch", low=0)
     eval_tokens: int = option(0, "validation tokens that evaluations of lm before the last use; 0: all", low=0)

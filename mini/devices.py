@@ -135,8 +135,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 def keep_memory() -> None:
     """Tells glibc to keep freed memory for the next step instead of returning it to the system.
 
-    Otherwise every large activation is fresh memory that the system first fills with zeros, page by page: with
-    it, a training step on a CPU takes up to a third longer. Elsewhere (macOS, musl) this does nothing.
+    Otherwise every large activation is fresh memory that the system first fills with zeros, page by page: a
+    training step on a CPU then takes about a quarter longer. Elsewhere (macOS, musl) this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt

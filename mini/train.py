@@ -71,7 +71,7 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
     state = resume(model, optimizers, folder, world)
 
     objective: nn.Module = Objective(model, task)
-    # On CPUs compiling costs 20 seconds and saves less than a tenth of a step; on GPUs it pays within minutes.
+    # On CPUs compiled code adds in an order that varies with several threads: runs would not repeat to the bit.
     wanted = options.compile == "true" or (options.compile == "auto" and task.fixed_shape and world.on_gpu)
     if wanted and can_compile(world.device, world.say):
         objective = torch.compile(objective)

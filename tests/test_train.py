@@ -257,6 +257,22 @@ def test_fine_tuning_keeps_the_best_and_resumes_to_the_bit(tmp_path, cache, comm
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
 
 
+def test_several_threads_resume_to_the_bit(text_file, tmp_path, command):
+    """The other tests use one thread, where sums have one order anyway."""
+    wide = ["--d_model", 64, "--max_len", 64, "--steps", 40, "--checkpoint_every", 15, "--dropout", 0.2]
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, *wide]
+    torch.set_num_threads(2)
+    try:
+        command(*flags, "--out", tmp_path / "whole")
+        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        for name in ("model.safetensors", "result.json", "checkpoints/step-00000030/state.json"):
+            (tmp_path / "run" / name).unlink()
+        command(*flags, "--out", tmp_path / "run")
+    finally:
+        torch.set_num_threads(1)
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
 def test_two_processes_cannot_train_in_one_folder(dropout_run, cache, tmp_path, command):
     _, flags, _ = dropout_run
     argv = [*flags, "--steps", 100000, "--out", tmp_path / "run"]
