@@ -2,19 +2,39 @@
 
 import csv
 import dataclasses
+import io
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from mini import bench as benchmarks
-from mini.config import DataConfig, ModelConfig, UserError, check, nearest, option, parse_flags, run_command
-from mini.data import pad, read_rows, text_ids, write_token_folder
+from mini import squad
+from mini.augment import NORMALIZATIONS, normalize, parse_steps
+from mini.config import (
+    BERT,
+    ClassifyConfig,
+    DataConfig,
+    ModelConfig,
+    QAConfig,
+    UserError,
+    check,
+    nearest,
+    option,
+    parse_flags,
+    peek,
+    run_command,
+)
+from mini.data import write_token_folder
 from mini.devices import can_compile, pick_device
-from mini.runs import load_run, read_labels
+from mini.labelled import masked_ids, pad, pad_texts, read_rows, text_ids
+from mini.runs import is_published, load_run, read_config, read_labels, read_result
+from mini.storage import atomic_file, write_text
 from mini.tokens import is_token_folder
 
 
@@ -92,6 +112,7 @@ class ClassifyOptions:
         default_factory=list,
         metadata=dict(help="texts, or one .tsv, .csv or .jsonl file with a text column", choices=(), positional="+"),
     )
+    out: str = option("", "write the table (label, probability, text; separated by tabs) here, instead of showing it")
     batch_size: int = option(32, "texts at a time", low=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
 
@@ -102,26 +123,178 @@ class ClassifyOptions:
 def classify(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [ClassifyOptions], ClassifyOptions.__doc__)
     model, tokenizer = load_run(options.run, pick_device(options.device))
-    labels = read_labels(options.run)
-    if not labels:
+    if not model.config.n_classes:
         raise UserError(
             f"{options.run} is not a classifier: make one of it with "
-            f"python train_gpt.py --task classify --init {options.run} --train FILE --valid FILE"
+            f"python train_{model.kind}.py --task classify --init {options.run} --train FILE --valid FILE"
         )
-    texts = [{"text": text} for text in options.texts]
-    if len(texts) == 1 and Path(options.texts[0]).suffix in (".tsv", ".csv", ".jsonl"):
-        texts = [row for _, row in read_rows(options.texts[0], ["text"], ("text_b",))]
-    out = csv.writer(sys.stdout, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, escapechar="\\")
-    out.writerow(["label", "probability", "text"])
-    for start in range(0, len(texts), options.batch_size):
-        chunk = texts[start : start + options.batch_size]
-        rows = [text_ids(tokenizer, model.config.max_len, t["text"], t.get("text_b")) for t in chunk]
-        lengths = torch.tensor([len(row) for row in rows])
-        device = next(model.parameters()).device
+    labels = read_labels(options.run) or [f"LABEL_{i}" for i in range(model.config.n_classes)]
+    steps = parse_steps("normalize", task_options(options.run, ClassifyConfig).normalize, NORMALIZATIONS)
+    rows = read_texts(options.texts)
+    lines = [["label", "probability", "text"]]
+    for chunk in progress(rows, options.batch_size):
+        texts = [[tokenizer.encode(normalize(text, steps)) for text in row] for row in chunk]
+        inputs = pad_texts([text_ids(tokenizer, model.config.max_len, *t) for t in texts], tokenizer)
         with torch.inference_mode():
-            probabilities = model.classify(pad(rows, 0).to(device), lengths.to(device)).softmax(dim=-1).cpu()
-        for text, row in zip(chunk, probabilities, strict=True):
-            out.writerow([labels[int(row.argmax())], f"{float(row.max()):.4f}", " ".join(text["text"].split())])
+            probabilities = model.classify(**to_device(inputs, model)).softmax(dim=-1).cpu()
+        for row, p in zip(chunk, probabilities, strict=True):
+            lines.append([labels[int(p.argmax())], f"{float(p.max()):.4f}", " ".join(" ".join(row).split())])
+    text = io.StringIO()
+    csv.writer(text, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, escapechar="\\").writerows(lines)
+    if options.out:
+        write_text(Path(options.out), text.getvalue())
+        print(f"{len(rows):,} labels are in {options.out}")
+    else:
+        print(text.getvalue(), end="")
+
+
+def read_texts(given: list[str]) -> list[list[str]]:
+    """The texts of the command line, or of the rows of a file that it names: each alone, or a pair."""
+    if len(given) == 1 and Path(given[0]).suffix in (".tsv", ".csv", ".jsonl"):
+        rows = read_rows(given[0], ["text"], ("text_b",))
+        return [[row[name] for name in ("text", "text_b") if name in row] for _, row in rows]
+    return [[text] for text in given]
+
+
+def progress(rows: list, batch_size: int) -> Iterator[list]:
+    """The rows, batch_size at a time, with a bar if it takes long."""
+    with tqdm(total=len(rows), leave=False, delay=2, unit="text", dynamic_ncols=True) as bar:
+        for start in range(0, len(rows), batch_size):
+            yield rows[start : start + batch_size]
+            bar.update(batch_size)
+
+
+def to_device(inputs: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def task_options(run: str, kind: type):
+    """The settings that a run was fine-tuned with; the defaults for published weights."""
+    found = None if is_published(run) else read_config(run).examples
+    return found if isinstance(found, kind) else kind()
+
+
+@dataclass
+class FillOptions:
+    """Fill the masks of a text with a BERT: for each the likeliest tokens, and their probabilities."""
+
+    run: str = option("", "a BERT's run folder, or one with published weights", positional="1")
+    texts: list[str] = field(
+        default_factory=list, metadata=dict(help='texts with "[MASK]" in them', choices=(), positional="+")
+    )
+    top: int = option(5, "tokens to show for each mask", low=1)
+    device: str = option("auto", "auto, cpu, cuda, mps")
+
+    def __post_init__(self):
+        check(self)
+
+
+def fill(argv: list[str]) -> None:
+    (options,), _ = parse_flags(argv, [FillOptions], FillOptions.__doc__)
+    model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
+    if model.mlm is None:
+        raise UserError(f"{options.run} has no head for masked tokens; fine-tuned runs drop it: use the run before")
+    for text in options.texts:
+        ids, _ = text_ids(tokenizer, model.config.max_len, masked_ids(tokenizer, text))
+        places = [i for i, token in enumerate(ids) if token == tokenizer.mask]
+        if len(places) < max(1, text.count("[MASK]")):
+            missing = "is cut off by max_len" if "[MASK]" in text else "is missing"
+            raise UserError(f"{text[:60]!r}: [MASK] {missing}; it marks what is to be filled in")
+        inputs = dict(tokens=torch.tensor([ids]), lengths=torch.tensor([len(ids)]), places=torch.tensor([places]))
+        with torch.inference_mode():
+            mlm, _ = model.predict(**to_device(inputs, model))
+        values, tokens = mlm[0].softmax(dim=-1).topk(min(options.top, mlm.size(-1)))  # (M, top)
+        print(text)
+        for row in range(len(places)):
+            if len(places) > 1:
+                print(f"mask {row + 1}:")
+            for p, token in zip(values[row].tolist(), tokens[row].tolist(), strict=True):
+                print(f"  {p:.4f}  {tokenizer.decode([token]).strip()}")
+
+
+@dataclass
+class AnswerOptions:
+    """Answer a question from a text with a run of --task qa: the answer stands in the text."""
+
+    run: str = option("", "a run folder", positional="1")
+    question: str = option("", "what is asked")
+    context: str = option("", "the text that holds the answer")
+    show: int = option(1, "answers to show, the best first", low=1)
+    device: str = option("auto", "auto, cpu, cuda, mps")
+
+    def __post_init__(self):
+        check(self)
+
+
+def answer(argv: list[str]) -> None:
+    (options,), _ = parse_flags(argv, [AnswerOptions], AnswerOptions.__doc__)
+    model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
+    if model.spans is None:
+        raise UserError(
+            f"{options.run} answers no questions: make a run of it that does with "
+            f"python train_bert.py --task qa --init {options.run} --train FILE --valid FILE"
+        )
+    settings = task_options(options.run, QAConfig)
+    windows = squad.ask(options.question, options.context, tokenizer, model.config.max_len, settings)
+    inputs = to_device(squad.collate(windows, tokenizer, list(range(len(windows)))).inputs, model)
+    with torch.inference_mode():
+        logits = model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"])
+        spans = squad.best_spans(*logits, inputs["context"], settings.n_best, settings.max_answer).cpu()
+    ((null, answers),) = squad.collect(windows, spans)
+    threshold = (read_result(Path(options.run)) or {}).get("null_threshold")
+    scores = [found.score for found in answers] + ([null] if threshold is not None else [])
+    shares = torch.tensor(scores).softmax(dim=0).tolist()  # among the candidates, as in Devlin's run_squad.py
+    if not answers or (threshold is not None and null - answers[0].score > threshold):
+        print(f"(no answer in this text: its score {null:.2f} is above that of any span)")
+        return
+    for found, share in list(zip(answers, shares, strict=False))[: options.show]:
+        place = f"characters {found.start}-{found.end}"
+        print(f"{found.text}\n    score {found.score:.2f}, probability {share:.4f}, {place}")
+
+
+@dataclass
+class EmbedOptions:
+    """Turn texts into vectors with a BERT: the mean of the last hidden states over a text's real tokens."""
+
+    run: str = option("", "a BERT's run folder, or one with published weights", positional="1")
+    file: str = option("", ".tsv, .csv or .jsonl with a text column, or a text per line", positional="1")
+    out: str = option("", "the .npy file to write, float32 (texts, d_model); default: the file's name + .npy")
+    pooling: str = option("mean", "mean over the tokens, or the first token's state", ("mean", "cls"))
+    batch_size: int = option(32, "texts at a time", low=1)
+    device: str = option("auto", "auto, cpu, cuda, mps")
+
+    def __post_init__(self):
+        check(self)
+
+
+def embed(argv: list[str]) -> None:
+    (options,), _ = parse_flags(argv, [EmbedOptions], EmbedOptions.__doc__)
+    model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
+    rows = read_lines(options.file)
+    encoded = [text_ids(tokenizer, model.config.max_len, *map(tokenizer.encode, row)) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))  # alike lengths: less padding
+    vectors = np.empty((len(rows), model.config.d_model), dtype=np.float32)
+    for chunk in progress(order, options.batch_size):
+        inputs = to_device(pad_texts([encoded[i] for i in chunk], tokenizer), model)
+        with torch.inference_mode():
+            vectors[chunk] = model.embed(**inputs, pooling=options.pooling).float().cpu().numpy()
+    out = Path(options.out or f"{options.file}.npy")
+    with atomic_file(out) as temporary, open(temporary, "wb") as file:
+        np.save(file, vectors)
+    print(f"{len(rows):,} vectors of {model.config.d_model} numbers are in {out}")
+
+
+def read_lines(path: str) -> list[list[str]]:
+    if Path(path).suffix in (".tsv", ".csv", ".jsonl"):
+        return read_texts([path])
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start:,} is not UTF-8: convert the file") from None
+    if not any(lines):
+        raise UserError(f"{path}: no text in it")
+    return [[line] for line in lines if line]
 
 
 @dataclass
@@ -163,15 +336,21 @@ def tokens(argv: list[str]) -> None:
 
 
 def bench(argv: list[str]) -> None:
+    mlm = peek(argv, "what", "all") == "mlm"
+    defaults = dict(BERT, batch_size=16, max_len=128, steps=40) if mlm else {}
+    classes = [benchmarks.BenchOptions, ModelConfig]
     (options, config), _ = parse_flags(
-        argv, [benchmarks.BenchOptions, ModelConfig], benchmarks.BenchOptions.__doc__, vocab_size=8192
+        argv, classes, benchmarks.BenchOptions.__doc__, **{**defaults, "vocab_size": 8192}
     )
     benchmarks.run(options, config)
 
 
 COMMANDS = {
     "sample": (sample, "continue a prompt with a GPT"),
+    "fill": (fill, "fill [MASK] in a text with a BERT"),
     "classify": (classify, "tell the label of texts"),
+    "answer": (answer, "find the answer to a question in a text"),
+    "embed": (embed, "texts -> vectors"),
     "tokens": (tokens, "text -> token folder"),
     "bench": (bench, "measure training and generation on this machine"),
 }

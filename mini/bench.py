@@ -13,9 +13,21 @@ import numpy as np
 import torch
 
 from mini import runs, tasks
-from mini.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, check, option, parse_flags
+from mini.bert import Bert
+from mini.config import (
+    GPT_PRESETS,
+    DataConfig,
+    MLMConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    UserError,
+    check,
+    option,
+    parse_flags,
+)
 from mini.corpus import open_corpus
-from mini.data import BPE_BYTES, LMWindows, prepare_tokens
+from mini.data import BPE_BYTES, ENCODER_TOKENS, LMWindows, MaskedSentences, prepare_tokens
 from mini.devices import World, can_compile, pick_dtype
 from mini.gpt import GPT
 from mini.report import matmul_speed, synchronize
@@ -32,8 +44,8 @@ class BenchOptions:
 
     what: str = option(
         "all",
-        "train and generate, one of them, char (the preset, whole) or tokens (of --data)",
-        ("all", "train", "generate", "char", "tokens"),
+        "train and generate, one of them, mlm (a BERT's training), char (the preset, whole) or tokens (of --data)",
+        ("all", "train", "generate", "mlm", "char", "tokens"),
     )
     batch_size: int = option(8, "sequences of a training step", low=1)
     steps: int = option(40, "training steps; the first quarter warms up", low=20)
@@ -69,7 +81,7 @@ def run(options: BenchOptions, config: ModelConfig) -> None:
         "matmul_gflops": round(speed / 1e9),
     }
     world.say(", ".join(f"{key} {value}" for key, value in figures.items()))
-    if options.what in ("all", "train"):
+    if options.what in ("all", "train", "mlm"):
         figures["train_tokens_per_s"] = training_speed(options, config, world)
         world.say(f"training: {figures['train_tokens_per_s']:,.0f} tokens/s")
     if options.what in ("all", "generate"):
@@ -88,24 +100,29 @@ def run(options: BenchOptions, config: ModelConfig) -> None:
 
 
 def training_speed(options: BenchOptions, config: ModelConfig, world: World) -> float:
-    """Median tokens/s of the loop's own log lines after the warm-up."""
+    """Median tokens/s of the loop's own log lines after the warm-up, on random tokens."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, config.vocab_size, (options.steps * options.batch_size + 1) * config.max_len)
-    none = np.zeros(1, dtype=np.uint64)
-    file = TokenFile(ids.astype(np.uint32), none, none, len(ids), "")
-    valid = replace(file, tokens=file.tokens[: config.max_len + 1])
+    n_tokens = (options.steps * options.batch_size + 1) * config.max_len
+    starts = np.arange(0, n_tokens, 20, dtype=np.uint64)  # sentences of 20 tokens, documents of 40 sentences
+    ids = rng.integers(0, min(256, config.vocab_size), n_tokens).astype(np.uint32)
+    file = TokenFile(ids, starts[::40], starts, n_tokens, "")
+    valid = replace(file, tokens=ids[:1600], documents=starts[:80:40], sentences=starts[:80])
     tokenizer = ByteTokenizer()
-    tokenizer.byte_lengths = np.ones(config.vocab_size, dtype=np.int64)  # bits per byte mean nothing here
-    task = tasks.LanguageModelling(LMWindows(file, valid, tokenizer, config.max_len, seed=0), tokenizer)
+    if options.what == "mlm":
+        config = replace(config, mlm=True, nsp=True)
+        examples = MaskedSentences(file, valid, tokenizer.with_special(ENCODER_TOKENS), config.max_len, 0, MLMConfig())
+        task, model = tasks.MaskedLanguageModelling(examples, examples.tokenizer), Bert(config)
+    else:
+        examples = LMWindows(file, valid, tokenizer, config.max_len, seed=0)
+        task, model = tasks.LanguageModelling(examples, tokenizer), GPT(config)
     training = TrainConfig(
         steps=options.steps, batch_size=options.batch_size, device=options.device, dtype=options.dtype,
         compile=options.compile, eval_every=0, sample_every=0, checkpoint_every=0, log_every=5,
     )  # fmt: skip
     optim = OptimConfig(optimizer=options.optimizer, lr=1e-3)
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        run_config = runs.RunConfig("gpt", "lm", config, DataConfig(), optim, training)
-        train(GPT(config), task, run_config, Path(folder), world)
+        run_config = runs.RunConfig(model.kind, "", config, DataConfig(), optim, training)
+        train(model, task, run_config, Path(folder), world)
         rows = runs.read_metrics(Path(folder))
     return statistics.median(r["tokens_per_s"] for r in rows if r["step"] > options.steps // 4)
 
@@ -130,7 +147,7 @@ def char_preset(options: BenchOptions, world: World) -> dict:
     """The whole run of --preset char: its final validation loss, and the seconds it took from the first step."""
     (config, data, optim, training), _ = parse_flags(
         ["--data", options.data, "--device", options.device, "--dtype", options.dtype, "--compile", options.compile],
-        [ModelConfig, DataConfig, OptimConfig, TrainConfig], "", "char", sample_every=0,
+        [ModelConfig, DataConfig, OptimConfig, TrainConfig], "", {"char": GPT_PRESETS["char"]}, sample_every=0,
     )  # fmt: skip
     folder, tokenizer = prepare_tokens(data, config.vocab_size, None)
     config.vocab_size = tokenizer.vocab_size

@@ -71,8 +71,13 @@ class ModelConfig:
     attention: str = option(
         "auto", "the written-out equations, PyTorch's fused call, or the faster", ("auto", "reference", "fused")
     )
+    n_segments: int = option(0, "segment embeddings, of which BERT has 2; 0: none", low=0)
     causal: bool = option(True, "a token sees only itself and what is before it", flag=False)
     n_classes: int = option(0, "classes of a classification head; 0: none", flag=False)
+    mlm: bool = option(False, "BERT: a head that predicts masked tokens", flag=False)
+    nsp: bool = option(False, "BERT: a head that tells the next sentence from a random one", flag=False)
+    spans: bool = option(False, "BERT: a head that finds the first and last token of an answer", flag=False)
+    pooler: bool = option(False, "BERT: a tanh layer on the first token", flag=False)
 
     def __post_init__(self):
         check(self)
@@ -111,7 +116,7 @@ class ModelConfig:
 class RunOptions:
     """What to do, from what, and where the result goes."""
 
-    task: str = option("lm", "predict text, tell a text's label, or answer prompts", ("lm", "classify", "pairs"))
+    task: str = option("", "what to learn: its flags are in the --help of that task")
     init: str | None = option(None, "a run, or a folder with published weights, to start from")
     out: str = option("", "the run folder; the same command goes on with an unfinished one")
     overwrite: bool = option(False, "delete the run in --out and begin anew")
@@ -125,15 +130,58 @@ class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
     data: str = option("python-docs", "text, .jsonl, .gz of either, a folder, a token folder, a known corpus")
-    train: str | None = option(None, "labelled training file of --task classify or pairs")
+    train: str | None = option(None, "training file of the tasks that fine-tune")
     valid: str | None = option(None, "validation file; without one, the end of --data is held out")
     valid_fraction: float = option(0.1, "share of --data held out for validation", low=1e-6, high=0.999999)
     separator: str | None = option(None, "a string that ends a document in a text file, such as <|endoftext|>")
     errors: str = option("strict", "bytes that are not UTF-8: refuse, or replace", ("strict", "replace"))
-    tokenizer: str = option("bpe", "bpe (train one), bytes, gpt2, a .tiktoken file, or a run")
+    tokenizer: str = option("bpe", "bpe (train one), bytes, gpt2, a .tiktoken file, a WordPiece vocab.txt, or a run")
 
     def __post_init__(self):
         check(self)
+
+
+@dataclass
+class MLMConfig:
+    """BERT's pretraining: masked tokens and the next sentence (Devlin et al. 2019, §3.1)."""
+
+    nsp: bool = option(True, "pairs of segments, and whether the second follows; false: one segment (RoBERTa)")
+    mask_rate: float = option(0.15, "share of the tokens to predict", low=0.001, high=0.9)
+    whole_word: bool = option(False, "mask all tokens of a word together")
+    short_rate: float = option(0.1, "share of the examples that are cut to a random shorter length", low=0, high=1)
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass
+class ClassifyConfig:
+    """Labelled texts, as they are read and as they are varied while training."""
+
+    class_weights: str = option("none", "weight of a class in the loss; balanced: 1 / frequency", ("none", "balanced"))
+    normalize: str = option("none", "of every text: any of lower,accents,punctuation,stopwords, or all")
+    augment: str = option("none", "of training texts: any of insert,replace,swap,delete,mask, or all")
+    augment_share: float = option(0.5, "share of the training texts that are augmented each time", low=0, high=1)
+    augment_rate: float = option(0.1, "share of the words of such a text that change", low=0, high=1)
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass
+class QAConfig:
+    """Answers as spans of a text (Devlin et al. 2019, §4.2)."""
+
+    stride: int = option(64, "tokens between the starts of a long text's windows", low=1)
+    max_question: int = option(64, "tokens of a question that are read", low=1)
+    max_answer: int = option(30, "longest answer in tokens", low=1)
+    n_best: int = option(20, "candidates that each window offers", low=1)
+
+    def __post_init__(self):
+        check(self)
+
+
+TASK_CONFIGS = {"mlm": MLMConfig, "classify": ClassifyConfig, "qa": QAConfig}  # the flags of one task only
 
 
 @dataclass
@@ -199,7 +247,7 @@ GPT2 = dict(
     schedule="cosine", warmup=700, min_lr=0.1, batch_size=480, accumulation=5, steps=100_000, eval_every=1000,
     checkpoint_every=1000,
 )  # fmt: skip
-PRESETS: dict[str, dict] = {
+GPT_PRESETS: dict[str, dict] = {
     "laptop": dict(
         MODERN, n_layers=6, n_heads=4, d_model=256, max_len=256, vocab_size=2048, lr=0.01, weight_decay=0.1,
         steps=390, eval_every=130, sample_every=130, checkpoint_every=130,
@@ -213,6 +261,27 @@ PRESETS: dict[str, dict] = {
     "gpt2-large": dict(GPT2, n_layers=36, n_heads=20, d_model=1280, lr=2.5e-4),
     "gpt2-xl": dict(GPT2, n_layers=48, n_heads=25, d_model=1600, lr=2e-4),
 }  # fmt: skip
+# What makes a stack of blocks an encoder.
+ENCODER = dict(causal=False, n_segments=2)
+# BERT's ways (Devlin et al. 2019, appendix A.2); the small sizes are those of Turc et al. 2019.
+BERT = dict(
+    ENCODER, norm_place="post", norm_eps=1e-12, activation="gelu", dropout=0.1, max_len=512, vocab_size=30522,
+    optimizer="adamw", lr=1e-4, beta2=0.999, weight_decay=0.01, schedule="linear", warmup=10_000, batch_size=256,
+    steps=1_000_000, eval_every=5000, checkpoint_every=5000,
+)  # fmt: skip
+BERT_PRESETS: dict[str, dict] = {
+    "laptop": dict(
+        MODERN, **ENCODER, n_layers=6, n_heads=4, d_model=256, max_len=128, vocab_size=2048, lr=0.01,
+        batch_size=32, steps=390, eval_every=130, sample_every=130, checkpoint_every=130,
+    ),
+    "bert-tiny": dict(BERT, n_layers=2, n_heads=2, d_model=128),
+    "bert-mini": dict(BERT, n_layers=4, n_heads=4, d_model=256),
+    "bert-small": dict(BERT, n_layers=4, n_heads=8, d_model=512),
+    "bert-medium": dict(BERT, n_layers=8, n_heads=8, d_model=512),
+    "bert-base": dict(BERT, n_layers=12, n_heads=12, d_model=768),
+    "bert-large": dict(BERT, n_layers=24, n_heads=16, d_model=1024),
+}  # fmt: skip
+PRESETS = BERT_PRESETS | GPT_PRESETS
 
 
 def model_preset(name: str) -> ModelConfig:
@@ -312,24 +381,25 @@ def parse_flags(
     argv: list[str],
     classes: list,
     description: str,
-    preset: str | None = None,
+    presets: dict[str, dict] | None = None,
     without: set[str] = frozenset(),
     **defaults,
 ):
     """Reads a command line into dataclasses: the fields' defaults < preset < defaults < flags.
 
-    without: fields that are no flags of this command.
+    presets: those of --preset, the first of them its default. without: fields that are no flags of this command.
 
     Returns ([one object for each class], the names of the flags that were given).
     Raises UserError for anything unknown or misspelt, naming the nearest flag.
     """
     parser = Parser(description=description, allow_abbrev=False, formatter_class=_formatter)
-    if preset is not None:
-        parser.add_argument("--preset", metavar="NAME", default=preset, help=f"{', '.join(PRESETS)} [{preset}]")
-        name = peek(argv, "preset", preset)
-        if name not in PRESETS:
-            raise UserError(f"unknown preset {name}{nearest(name, PRESETS)}: choose one of {', '.join(PRESETS)}")
-        defaults = PRESETS[name] | defaults
+    if presets:
+        names, first = ", ".join(presets), next(iter(presets))
+        parser.add_argument("--preset", metavar="NAME", default=first, help=f"{names} [{first}]")
+        name = peek(argv, "preset", first)
+        if name not in presets:
+            raise UserError(f"unknown preset {name}{nearest(name, presets)}: choose one of {names}")
+        defaults = presets[name] | defaults
     for cls in classes:
         add_flags(parser, cls, defaults, without)
     known, unknown = parser.parse_known_args(argv)

@@ -5,11 +5,7 @@ at place i % n of that epoch's order. So the batch of a step is the same however
 resuming needs nothing but the step.
 """
 
-import csv
-import hashlib
-import io
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mini import corpus, tokens
-from mini.config import DataConfig, UserError, nearest
+from mini.config import DataConfig, MLMConfig, UserError
 from mini.fetch import cache_folder
 from mini.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from mini.tokens import TokenFile, TokenFolder
@@ -84,52 +80,106 @@ def shuffled(indices: np.ndarray, n: int, seed: int) -> np.ndarray:
     return out
 
 
+def grouped(indices: np.ndarray, lengths: np.ndarray, seed: int, batch_size: int) -> np.ndarray:
+    """As shuffled(), but the examples of a batch are of similar lengths (n,): next to nothing of it is padding.
+
+    Each epoch's order is cut into stretches of 50 batches, a stretch is sorted by length, and the batches are
+    shuffled again.
+    """
+    n = len(lengths)
+    epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), n)
+    out = np.empty_like(places)
+    for epoch in np.unique(epochs).tolist():
+        order = permute(np.arange(n), n, mix(seed, epoch))
+        for start in range(0, n, 50 * batch_size):
+            stretch = order[start : start + 50 * batch_size]
+            order[start : start + 50 * batch_size] = stretch[np.argsort(lengths[stretch], kind="stable")]
+        first = -epoch * n % batch_size  # examples that complete the last epoch's last batch
+        whole = (n - first) // batch_size
+        if whole > 0:
+            batches = order[first : first + whole * batch_size].reshape(whole, batch_size)  # a view
+            batches[:] = batches[permute(np.arange(whole), whole, mix(seed, epoch, 1))]
+        here = epochs == epoch
+        out[here] = order[places[here]]
+    return out
+
+
+def uniform(key: int, indices: np.ndarray, width: int) -> np.ndarray:
+    """(B, width) numbers in [0, 1), a row for each example number: SplitMix64 with (key, index) as its seed."""
+    with np.errstate(over="ignore"):  # wraps around, as it should
+        rows = splitmix(indices.astype(np.uint64) + np.uint64(mix(key)))[:, None]  # (B, 1)
+        bits = splitmix(rows + np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def splitmix(h: np.ndarray) -> np.ndarray:
+    """The finaliser of mix() for arrays of uint64."""
+    h = (h ^ h >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    h = (h ^ h >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return h ^ h >> np.uint64(31)
+
+
 # ---------------------------------------------------------------- text -> token folder
-def init_tokenizer(init: str, spec: str | None) -> Tokenizer:
+ENCODER_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")  # what a BERT needs beside text
+
+
+def init_tokenizer(init: str, spec: str | None, special: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer of a run to start from. Published weights may come without one: then spec names it."""
     try:
         own = load_tokenizer(init)
     except UserError:
         if spec in (None, "bpe"):
             raise
-        return make_tokenizer(spec, list, 0)
-    if spec and (spec == "bpe" or make_tokenizer(spec, list, 0).fingerprint != own.fingerprint):
+        return make_tokenizer(spec, list, 0).with_special(special)
+    if spec and (spec == "bpe" or make_tokenizer(spec, list, 0).with_special(special).fingerprint != own.fingerprint):
         raise UserError(f"--tokenizer {spec}: {init} brings a tokenizer of its own, on which its weights depend")
     return own
 
 
 def prepare_tokens(
-    config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, given: set[str] = frozenset()
+    config: DataConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    given: set[str] = frozenset(),
+    special: Sequence[str] = (),
 ) -> tuple[TokenFolder, Tokenizer]:
     """The corpus of --data as tokens: opened if it is a token folder, taken from the cache, or made now.
 
     tokenizer: that of the run to start from, if any. given: flags of the command line, of which a token folder
-    refuses those that come too late for it.
+    refuses those that come too late for it. special: tokens that the model needs beside text.
     """
     if tokens.is_token_folder(config.data):
         if late := given & {"tokenizer", "vocab_size", "valid", "valid_fraction", "separator", "errors"}:
             raise UserError(f"--{min(late)}: {config.data} is made of tokens already; make it anew with that flag")
-        made_with = load_tokenizer(config.data)
+        made_with = load_tokenizer(config.data).with_special(special)
         if tokenizer and tokenizer.fingerprint != made_with.fingerprint:
             raise UserError(f"{config.data} was made with another tokenizer than the run of --init has")
         return tokens.open_tokens(config.data), made_with
     if not tokenizer and config.tokenizer != "bpe":
-        tokenizer = make_tokenizer(config.tokenizer, list, vocab_size)
+        tokenizer = make_tokenizer(config.tokenizer, list, vocab_size).with_special(special)
     text = corpus.fingerprint(config.data, config.valid, config.valid_fraction, config.separator, config.errors)
-    name = f"{tokenizer.kind}-{tokenizer.fingerprint[:12]}" if tokenizer else f"bpe{vocab_size}"
+    trained = f"bpe{vocab_size}" + f"-{len(special)}" * bool(special)
+    name = f"{tokenizer.kind}-{tokenizer.fingerprint[:12]}" if tokenizer else trained
     path = cache_folder() / "tokens" / f"{text[:24]}-{name}"
     if not tokens.is_token_folder(path):
-        write_token_folder(config, vocab_size, tokenizer, path)
+        write_token_folder(config, vocab_size, tokenizer, path, special=special)
     return tokens.open_tokens(path), load_tokenizer(path)
 
 
 def write_token_folder(
-    config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, out: Path, workers: int | None = None
+    config: DataConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    out: Path,
+    workers: int | None = None,
+    special: Sequence[str] = (),
 ) -> TokenFolder:
     """Reads the corpus of --data and writes it as a token folder; trains or opens the tokenizer if none is given."""
     split = config.valid, config.valid_fraction, config.separator, config.errors
     train, valid = corpus.open_corpus(config.data, *split)
-    tokenizer = tokenizer or make_tokenizer(config.tokenizer, lambda: train.texts(limit=BPE_BYTES), vocab_size)
+    if not tokenizer:
+        made = make_tokenizer(config.tokenizer, lambda: train.texts(limit=BPE_BYTES), vocab_size - len(special))
+        tokenizer = made.with_special(special)
     return tokens.write_tokens({"train": train, "valid": valid}, tokenizer, out, workers=workers)
 
 
@@ -171,191 +221,176 @@ class LMWindows:
             yield Batch(pair, {"loss": n, "bytes": int(self.byte_lengths[flat[1:]].sum())}, n)
 
 
-# ---------------------------------------------------------------- labelled text and prompt/answer pairs
-def read_rows(path: str | Path, columns: list[str], optional: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
-    """Rows of a .tsv or .csv file with a header or of a .jsonl file, as (place, {column: text}).
+# ---------------------------------------------------------------- masked language modelling
+class MaskedSentences:
+    """BERT's examples: [CLS] A [SEP] B [SEP] with some tokens masked (Devlin et al. 2019, §3.1 and A.1).
 
-    place is 'file:line', for messages. Raises UserError for a missing file, column or value.
+    A and B are whole sentences, as many as fill max_len; then the longer one is cut. In half of the examples B follows
+    A, else it comes from another document. Without nsp there is only A, as long as fits (Liu et al. 2019, "RoBERTa",
+    §4.2). The text's windows of max_len tokens tell where examples begin; every epoch moves them and masks anew.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix not in (".tsv", ".csv", ".jsonl"):
-        raise UserError(f"{path}: expected .tsv or .csv with a header, or .jsonl")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")  # with or without a byte-order mark
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start:,} is not UTF-8: convert the file") from None
-    if path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)
-        rows = [(f"{path}:{n}", parse_json_row(line, f"{path}:{n}")) for n, line in lines if line.strip()]
-    else:
-        rows = read_table(text, path, columns)
-    for place, row in rows:
-        for name in columns:
-            if row.get(name) is None:
-                raise UserError(f"{place}: no {name!r} (expected {', '.join(columns)})")
-    if not rows:
-        raise UserError(f"{path}: no rows")
-    return [(place, {k: str(row[k]) for k in (*columns, *optional) if row.get(k) is not None}) for place, row in rows]
 
-
-def read_table(text: str, path: Path, columns: list[str]) -> list[tuple[str, dict]]:
-    # A tab-separated file quotes nothing: a quotation mark in it is text.
-    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if path.suffix == ".tsv" else {}
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""), **form, strict=True)
-    rows = []
-    try:
-        for name in columns:
-            if name not in (reader.fieldnames or []):
-                found = ", ".join(reader.fieldnames or ["nothing"])
-                raise UserError(f"{path}:1: the header has no column {name!r} (it has {found[:80]})")
-        for row in reader:
-            if None in row:
-                raise UserError(f"{path}:{reader.line_num}: more columns than the header has")
-            rows.append((f"{path}:{reader.line_num}", row))
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}") from None
-    return rows
-
-
-def parse_json_row(text: str, place: str) -> dict:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object {{...}}")
-    return {name: value for name, value in row.items() if isinstance(value, str | int | float)}
-
-
-def labelled_tokenizer(config: DataConfig, columns: list[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer of --tokenizer for training on labelled texts from scratch; a BPE is trained on them."""
-
-    def texts() -> Iterator[str]:
-        for _, row in read_rows(config.train, columns):
-            yield from row.values()
-
-    return make_tokenizer(config.tokenizer, texts, vocab_size)
-
-
-def check_eot(tokenizer: Tokenizer) -> None:
-    if tokenizer.eot is None:
-        raise UserError("the tokenizer has no <|endoftext|>, which ends texts and answers: use another one")
-
-
-def pad(rows: list[list[int]], filling: int) -> Tensor:
-    """Rows of different lengths -> (B, T), filled up at the right."""
-    out = np.full((len(rows), max(map(len, rows))), filling, dtype=np.int64)
-    for row, ids in zip(out, rows, strict=True):
-        row[: len(ids)] = ids
-    return torch.from_numpy(out)
-
-
-def text_ids(tokenizer: Tokenizer, max_len: int, text: str, text_b: str | None = None) -> list[int]:
-    """<eot> text <eot>, or <eot> text <eot> text_b <eot>, cut to max_len from the end of the longer text."""
-    parts = [tokenizer.encode(part)[:max_len] for part in ([text] if text_b is None else [text, text_b])]
-    while sum(map(len, parts)) > max_len - len(parts) - 1:
-        max(parts, key=len).pop()
-    ids = [tokenizer.eot]
-    for part in parts:
-        ids += [*part, tokenizer.eot]
-    return ids
-
-
-def checksum(*examples: list) -> str:
-    """Tells whether two runs learnt from the same encoded examples."""
-    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-
-
-class LabelledTexts:
-    """Texts, or pairs of texts, with one label each; labels are words, numbered in sorted order."""
-
-    def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int):
-        check_eot(tokenizer)
-        if max_len < 8:
-            raise UserError(f"--max_len {max_len}: too short for labelled texts; give at least 8")
-        train_rows = read_rows(train, ["text", "label"], ("text_b",))
-        self.labels = sorted({row["label"] for _, row in train_rows})
-        if len(self.labels) < 2:
-            raise UserError(f"{train}: only one label, {self.labels[0]!r}: a classifier needs at least two")
-        self.tokenizer, self.max_len, self.seed = tokenizer, max_len, seed
-        self.train = self.encode(train_rows)
-        self.valid = self.encode(read_rows(valid, ["text", "label"], ("text_b",)))
-        self.n = len(self.train)
-        self.checksum = checksum(self.train, self.valid)
-
-    def encode(self, rows: list[tuple[str, dict]]) -> list[tuple[list[int], int]]:
-        numbers = {label: i for i, label in enumerate(self.labels)}
-        encoded = []
-        for place, row in rows:
-            if not row["label"].strip():
-                raise UserError(f"{place}: the label is empty")
-            if row["label"] not in numbers:
-                known = ", ".join(self.labels[:10])
-                hint = nearest(row["label"], numbers)
-                raise UserError(f"{place}: label {row['label']!r} is not in the training file{hint}: {known}")
-            ids = text_ids(self.tokenizer, self.max_len, row["text"], row.get("text_b"))
-            encoded.append((ids, numbers[row["label"]]))
-        return encoded
+    def __init__(self, train: TokenFile, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int,
+                 options: MLMConfig):  # fmt: skip
+        self.train, self.valid = Sentences(train, tokenizer), Sentences(valid, tokenizer)
+        self.tokenizer, self.max_len, self.seed, self.options = tokenizer, max_len, seed, options
+        self.room = max_len - (3 if options.nsp else 2)  # for text, beside [CLS] and [SEP]
+        if self.room < 2:
+            raise UserError(f"--max_len {max_len}: too short for {'pairs of segments' if options.nsp else 'text'}")
+        for name, text in (("training", self.train), ("validation", self.valid)):
+            if options.nsp and text.n_documents < 2:
+                raise UserError(
+                    f"the {name} text is one document, so there is no other to draw a wrong next sentence from: give "
+                    f"several files, say what ends a document with --separator, or use --nsp false"
+                )
+        self.n = max(1, len(self.train.tokens) // self.room)
+        self.most = max(1, round(options.mask_rate * self.room))  # masked tokens of an example (M)
+        self.words = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special.values()))
 
     def batch(self, indices: np.ndarray) -> Batch:
-        return self.collate([self.train[i] for i in shuffled(indices, self.n, self.seed)])
+        """The examples of these numbers, as make() gives them."""
+        windows = shuffled(indices, self.n, self.seed)
+        return self.make(self.train, windows, np.asarray(indices), self.seed)
 
     def validation(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
-        order = sorted(range(len(self.valid)), key=lambda i: len(self.valid[i][0]))  # alike lengths: less padding
-        for start in range(0, len(order), batch_size):
-            yield self.collate([self.valid[i] for i in order[start : start + batch_size]])
+        """An example for each window of the validation text (of its first `limit` tokens), always the same ones."""
+        n_tokens = min(limit or len(self.valid.tokens), len(self.valid.tokens))
+        n = max(1, n_tokens // self.room)
+        for start in range(0, n, batch_size):
+            windows = np.arange(start, min(start + batch_size, n))
+            yield self.make(self.valid, windows, windows, seed=0)
 
-    def collate(self, examples: list[tuple[list[int], int]]) -> Batch:
-        """tokens (B, T) padded at the right, lengths (B,), labels (B,)."""
-        rows = [ids for ids, _ in examples]
-        lengths = torch.tensor([len(ids) for ids in rows])
-        labels = torch.tensor([label for _, label in examples])
-        inputs = {"tokens": pad(rows, self.tokenizer.eot), "lengths": lengths, "labels": labels}
-        return Batch(inputs, {"loss": len(rows)}, int(lengths.sum()))
+    def make(self, text: "Sentences", windows: np.ndarray, indices: np.ndarray, seed: int) -> Batch:
+        """tokens (B, T), segments (B, T), lengths (B,), places and targets (B, M), and with nsp unrelated (B,).
+
+        Everything random about an example comes from (seed, its index).
+        """
+        B, T, options = len(windows), self.max_len, self.options
+        shift, short, length, split, unrelated, other = uniform(mix(seed, 1), indices, 6).T  # each (B,)
+        size = np.where(short < options.short_rate, 2 + length * (self.room - 1), self.room).astype(np.int64)
+        begin, middle, end = text.stretch(((windows + shift) * self.room).astype(np.int64), size, split)
+        if options.nsp:
+            unrelated = unrelated < 0.5
+            wrong_begin, wrong_end = text.elsewhere(middle, end - middle, other)
+            b_begin, b_end = np.where(unrelated, wrong_begin, middle), np.where(unrelated, wrong_end, end)
+            a, b = fit(middle - begin, b_end - b_begin, size)  # (B,) tokens of each segment
+            a_begin = middle - a  # A loses its beginning and B its end, so what meets stays together
+        else:
+            a, b = np.minimum(end - begin, size), np.zeros(B, dtype=np.int64)
+            a_begin, b_begin = begin, begin
+
+        column = np.arange(T)
+        a_end, b_start = 1 + a[:, None], (2 + a)[:, None]  # columns: [CLS], A, [SEP], B, [SEP], padding
+        lengths = 2 + a + (b + 1 if options.nsp else 0)
+        in_a = (column >= 1) & (column < a_end)
+        in_b = (column >= b_start) & (column < b_start + b[:, None])
+        source = np.where(in_a, a_begin[:, None] + column - 1, b_begin[:, None] + column - b_start)
+        tokens = text.tokens[np.where(in_a | in_b, source, 0)].astype(np.int64)
+        tokens = np.where(in_a | in_b, tokens, self.tokenizer.sep)
+        tokens = np.where(column < lengths[:, None], tokens, self.tokenizer.pad)
+        tokens[:, 0] = self.tokenizer.cls
+        segments = ((column >= b_start) & (column < lengths[:, None])).astype(np.int64)
+
+        places, targets = self.mask(tokens, in_a | in_b, indices, seed)
+        inputs = {"tokens": tokens, "segments": segments, "lengths": lengths, "places": places, "targets": targets}
+        counts = {"mlm": int((targets != IGNORE).sum())}
+        if options.nsp:
+            inputs["unrelated"] = unrelated.astype(np.int64)
+            counts["nsp"] = B
+        inputs = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        return Batch(inputs, counts, int(lengths.sum()))
+
+    def mask(self, tokens: np.ndarray, text: np.ndarray, indices: np.ndarray, seed: int):
+        """Masks in tokens (B, T), where text (B, T) is True; returns the places and what stood there, (B, M).
+
+        mask_rate of each row's text is to be predicted: 80 % of it becomes [MASK], 10 % another token, 10 % stays.
+        """
+        B, T = tokens.shape
+        count = np.maximum(1, np.rint(self.options.mask_rate * text.sum(1))).astype(np.int64)  # (B,)
+        draw = uniform(mix(seed, 2), indices, T)  # (B, T): the lowest numbers are masked
+        if self.options.whole_word:  # all tokens of a word have the number of its first
+            goes_on = self.tokenizer.continues_word(tokens) & text
+            first = np.maximum.accumulate(np.where(goes_on, 0, np.arange(T)), axis=1)
+            draw = np.take_along_axis(draw, first, axis=1)
+        order = np.argsort(np.where(text, draw, 2.0), axis=1, kind="stable")[:, : self.most + 1]
+        chosen = np.arange(self.most + 1) < count[:, None]
+        if self.options.whole_word:  # the word that count would cut is left out, unless it is the only one
+            word = np.take_along_axis(first, order, axis=1)
+            cut = word == np.take_along_axis(word, count[:, None], axis=1)
+            chosen &= ~cut | (word == word[:, :1])
+        order, chosen = order[:, : self.most], chosen[:, : self.most]  # (B, M)
+        there = np.take_along_axis(tokens, order, axis=1)
+        targets = np.where(chosen, there, IGNORE)
+        kind, which = uniform(mix(seed, 3), indices, 2 * order.shape[1]).reshape(B, 2, -1).transpose(1, 0, 2)
+        other = self.words[(which * len(self.words)).astype(np.int64)]
+        shown = np.where(kind < 0.8, self.tokenizer.mask, np.where(kind < 0.9, other, targets))
+        np.put_along_axis(tokens, order, np.where(chosen, shown, there), axis=1)
+        return np.where(chosen, order, 0), targets
 
 
-class PromptAnswers:
-    """prompt answer <eot>, where only the answer and its <eot> are to be predicted."""
+class Sentences:
+    """Where sentences and documents begin in a token file; all questions are answered for B places at once."""
 
-    def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int):
-        check_eot(tokenizer)
-        self.tokenizer, self.max_len, self.seed = tokenizer, max_len, seed
-        self.train = self.encode(train)
-        self.valid = self.encode(valid)
-        self.n = len(self.train)
-        self.checksum = checksum(self.train, self.valid)
+    def __init__(self, file: TokenFile, tokenizer: Tokenizer):
+        self.tokens, self.starts = file.tokens, file.sentences
+        # (n_documents + 1,) the number of each document's first sentence, and of all sentences
+        self.first = np.append(np.searchsorted(file.sentences, file.documents), len(file.sentences))
+        self.marked = tokenizer.eot is not None  # <|endoftext|> stands before a document
+        self.n_documents = len(file.documents)
 
-    def encode(self, path: str) -> list[tuple[list[int], int]]:
-        """(ids, number of ids before the answer) of each row. Long prompts lose their beginning."""
-        encoded = []
-        for place, row in read_rows(path, ["prompt", "answer"]):
-            answer = [*self.tokenizer.encode(row["answer"]), self.tokenizer.eot]
-            prompt = self.tokenizer.encode(row["prompt"])
-            if not prompt or len(answer) < 2:
-                raise UserError(f"{place}: the {'answer' if prompt else 'prompt'} is empty")
-            room = self.max_len + 1 - len(answer)  # for the prompt; the last token is a target only
-            if room < 1:
-                raise UserError(f"{place}: the answer has {len(answer)} tokens, --max_len is {self.max_len}")
-            prompt = prompt[max(0, len(prompt) - room) :]
-            encoded.append((prompt + answer, len(prompt)))
-        return encoded
+    def find(self, places: np.ndarray, side: str = "left") -> np.ndarray:
+        """The first sentence that begins at places or later; with side "right", later than places."""
+        return np.searchsorted(self.starts, places.astype(np.uint64), side)  # of one type: else numpy copies starts
 
-    def batch(self, indices: np.ndarray) -> Batch:
-        return self.collate([self.train[i] for i in shuffled(indices, self.n, self.seed)])
+    def edge(self, sentence: np.ndarray) -> np.ndarray:
+        """The token at which a sentence begins, or behind the last one, the text's end."""
+        inside = np.minimum(sentence, len(self.starts) - 1)
+        return np.where(sentence < len(self.starts), self.starts[inside].astype(np.int64), len(self.tokens))
 
-    def validation(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
-        for start in range(0, len(self.valid), batch_size):
-            yield self.collate(self.valid[start : start + batch_size])
+    def document(self, sentence: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.first, sentence, side="right") - 1
 
-    def collate(self, examples: list[tuple[list[int], int]]) -> Batch:
-        """tokens and targets (B, T), padded at the right; targets IGNORE up to the answer."""
-        targets = [[IGNORE] * (start - 1) + ids[start:] for ids, start in examples]
-        inputs = {"tokens": pad([ids[:-1] for ids, _ in examples], self.tokenizer.eot), "targets": pad(targets, IGNORE)}
-        answers = [ids[start:] for ids, start in examples]
-        n_bytes = sum(int(self.tokenizer.byte_lengths[ids].sum()) for ids in answers)
-        n_tokens = sum(len(ids) - 1 for ids, _ in examples)
-        return Batch(inputs, {"loss": sum(map(len, answers)), "bytes": n_bytes}, n_tokens)
+    def begin(self, sentence: np.ndarray, document: np.ndarray) -> np.ndarray:
+        """The first token of a sentence's text."""
+        return self.edge(sentence) + (self.marked & (sentence == self.first[document]))
+
+    def stretch(self, places: np.ndarray, size: np.ndarray, split: np.ndarray) -> tuple:
+        """Begin, middle and end (each (B,), in tokens) of whole sentences of one document, at least size tokens.
+
+        They begin with the sentence at places, or inside of it where it is long; split (in [0, 1)) chooses which of the
+        edges between sentences is the middle. A document's end may come sooner.
+        """
+        places = np.minimum(places, len(self.tokens) - 1)
+        sentence = self.find(places, "right") - 1
+        document = self.document(sentence)
+        first, last = self.first[document], self.first[document + 1]
+        sentence = np.maximum(np.where(sentence + 1 == last, sentence - 1, sentence), first)  # another has to follow
+        begin = self.begin(sentence, document)
+        begin = np.where((places - begin >= size) & (places < self.edge(sentence + 1)), places, begin)
+        stop = self.find(begin + size)  # the first sentence that starts behind size tokens
+        stop = np.minimum(np.maximum(stop, sentence + 2), last)
+        end = self.edge(stop)
+        inner = stop - sentence - 1  # edges between two of the sentences
+        middle = self.edge(sentence + 1 + (split * inner).astype(np.int64))
+        middle = np.where(inner > 0, middle, (begin + end) // 2)  # the only sentence of its document
+        return begin, middle, end
+
+    def elsewhere(self, places: np.ndarray, size: np.ndarray, draw: np.ndarray) -> tuple:
+        """Begin and end of about size tokens, whole sentences, of another document than that of places."""
+        mine = self.document(self.find(places, "right") - 1)
+        first, last = self.first[mine], self.first[mine + 1]
+        sentence = (draw * (len(self.starts) - (last - first))).astype(np.int64)
+        sentence += np.where(sentence >= first, last - first, 0)  # every sentence of the others is equally likely
+        document = self.document(sentence)
+        begin = self.begin(sentence, document)
+        stop = self.find(begin + size)
+        before = (self.edge(stop) - (begin + size)) > (begin + size - self.edge(stop - 1))  # is the nearer edge
+        stop = np.clip(stop - before, sentence + 1, self.first[document + 1])
+        return begin, self.edge(stop)
+
+
+def fit(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts lengths (B,) so that a + b <= size, by taking from the longer one."""
+    half = size // 2
+    short_a, short_b = np.minimum(a, half), np.minimum(b, size - half)
+    return np.minimum(a, size - short_b), np.minimum(b, size - short_a)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mini.config import ModelConfig, UserError
 from mini.storage import load_published, load_weights, read_json
-from mini.transformer import KVCache, Linear, Transformer
+from mini.transformer import KVCache, Linear, Transformer, init_weights, vocabulary_logits
 
 
 class GPT(nn.Module):
@@ -33,8 +33,7 @@ class GPT(nn.Module):
         self.classifier = None
         if config.n_classes:
             self.classifier = nn.Linear(config.d_model, config.n_classes)
-            nn.init.normal_(self.classifier.weight, std=0.02)
-            nn.init.zeros_(self.classifier.bias)
+            init_weights(self.classifier)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V): position t scores token t + 1."""
@@ -42,15 +41,13 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V)"""
-        logits = self.head(hidden)[..., : self.config.vocab_size]  # without the rows of vocab_multiple
-        if self.config.logit_softcap:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        return logits
+        return vocabulary_logits(self.head(hidden), self.config)
 
-    def classify(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def classify(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None) -> Tensor:
         """tokens (B, T) padded at the right to lengths (B,) -> class logits (B, n_classes).
 
-        The last real token is the one that has seen the whole text (Radford et al. 2018, §3.2).
+        The last real token is the one that has seen the whole text (Radford et al. 2018, §3.2). segments are taken
+        as by Bert.classify, and not looked at: the tokens between two texts tell a GPT where the second begins.
         """
         hidden = self.stack(tokens)  # (B, T, C)
         last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, C)
@@ -60,10 +57,6 @@ class GPT(nn.Module):
         """Summed next-token cross-entropy in nats; targets (B, T), -100 where nothing is to be predicted."""
         logits = self(tokens).float()  # (B, T, V)
         return {"loss": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")}
-
-    def classification_loss(self, tokens: Tensor, lengths: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Summed cross-entropy in nats of the labels (B,)."""
-        return {"loss": F.cross_entropy(self.classify(tokens, lengths).float(), labels, reduction="sum")}
 
     # ------------------------------------------------------------ generation
     def generate(

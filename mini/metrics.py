@@ -1,6 +1,9 @@
 """Quality as numbers. All rates lie between 0 and 1; classification is measured from its confusion matrix."""
 
 import math
+import re
+import string
+from collections import Counter
 
 import numpy as np
 
@@ -16,8 +19,10 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, n_classes: int
 
 
 def classification_report(confusion: np.ndarray, names: list[str]) -> dict:
-    """Accuracy, macro F1, precision, recall and F1 of each class, and the accuracy of always guessing one class.
+    """Figures of a classifier: over all texts, and for each class.
 
+    f1, precision and recall are the plain means of those of the classes (macro); weighted_f1 counts each class as
+    often as it occurs. mcc: see `matthews`. majority: the accuracy of always guessing the most frequent class.
     A class that is never predicted has precision 0, one that never occurs recall 0.
     """
     hits = confusion.diagonal().astype(float)
@@ -29,6 +34,10 @@ def classification_report(confusion: np.ndarray, names: list[str]) -> dict:
     return {
         "accuracy": float(hits.sum() / total),
         "f1": float(f1.mean()),
+        "weighted_f1": float((f1 * actual).sum() / total),
+        "precision": float(precision.mean()),
+        "recall": float(recall.mean()),
+        "mcc": matthews(confusion),
         "majority": float(actual.max() / total),
         "classes": {
             name: {"precision": float(p), "recall": float(r), "f1": float(f), "n": int(n)}
@@ -36,3 +45,45 @@ def classification_report(confusion: np.ndarray, names: list[str]) -> dict:
         },
         "confusion": confusion.tolist(),
     }
+
+
+def matthews(confusion: np.ndarray) -> float:
+    """Matthews correlation of any number of classes, -1..1 (R_K of Gorodkin 2004); 0 where it is undefined.
+
+    Undefined it is if all texts are of one class, or all are taken for one.
+    """
+    total = float(confusion.sum())
+    predicted, actual = confusion.sum(axis=0) / max(1, total), confusion.sum(axis=1) / max(1, total)
+    covariance = confusion.trace() / max(1, total) - predicted @ actual
+    variances = (1 - predicted @ predicted) * (1 - actual @ actual)
+    return float(covariance / math.sqrt(variances)) if variances > 0 else 0.0
+
+
+# ---------------------------------------------------------------- answers as texts
+# As in the official scripts evaluate-v1.1.py and evaluate-v2.0.py (Rajpurkar et al. 2016, 2018).
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and superfluous white space."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def gold_answers(golds: list[str]) -> list[str]:
+    """The golds, normalised, of which something is left; [""] if there are none: no answer is the right one."""
+    return [gold for gold in map(normalize_answer, golds) if gold] or [""]
+
+
+def exact_match(prediction: str, golds: list[str]) -> float:
+    """1 if the normalised prediction is one of the golds, else 0. Without golds, "" is right."""
+    return float(normalize_answer(prediction) in gold_answers(golds))
+
+
+def answer_f1(prediction: str, golds: list[str]) -> float:
+    """F1 of the words that a prediction shares with a gold, the best over all golds. Without golds, "" has 1."""
+    return max(words_f1(normalize_answer(prediction).split(), gold.split()) for gold in gold_answers(golds))
+
+
+def words_f1(predicted: list[str], gold: list[str]) -> float:
+    if not predicted or not gold:
+        return float(predicted == gold)
+    shared = sum((Counter(predicted) & Counter(gold)).values())
+    return 2 * shared / (len(predicted) + len(gold))  # = harmonic mean of precision and recall

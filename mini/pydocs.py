@@ -1,15 +1,19 @@
 """The default corpus: the English documentation that comes with every Python, about two megabytes.
 
 It is read from the standard library's source files, of which nothing is imported. So it is there without a
-network, and the same in every process. Another version of Python has another text.
+network, and the same in every process. Another version of Python has another text. `questions` makes a data set
+for question answering of it.
 """
 
 import ast
+import functools
 import hashlib
 import os
+import re
 import sys
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,10 +45,15 @@ def documents(library: Path | None = None) -> list[str]:
         name = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
         entries = [(heading, without_copies(text, seen)) for heading, text in read_docstrings(path, name)]
         texts[f"module {name}"] = "\n\n".join(f"{heading}\n\n{text}" for heading, text in entries if text)
-    names = sorted((name for name in texts if texts[name]), key=lambda n: hashlib.sha256(n.encode()).digest())
+    names = sorted((name for name in texts if texts[name]), key=name_hash)
     if not names:
         raise UserError(f"python-docs: this Python came without sources ({library}); give --data a text file")
     return [texts[name] + "\n" for name in names]
+
+
+def name_hash(name: str) -> bytes:
+    """By it things are put in an order that has nothing to do with what they are."""
+    return hashlib.sha256(name.encode()).digest()
 
 
 def fingerprint() -> str:
@@ -130,3 +139,56 @@ def without_copies(text: str, seen: set[str]) -> str:
     kept = [paragraph for paragraph in text.split("\n\n") if one_line(paragraph) not in seen]
     seen |= long
     return "\n\n".join(kept).strip("\n")
+
+
+# ---------------------------------------------------------------- questions
+def questions(split: str, library: Path | None = None) -> dict:
+    """Returns a data set in the form of SQuAD v1.1 (Rajpurkar et al. 2016): which name has this description?
+
+    A context lists six or seven neighbouring functions, methods and classes as `name: description`, in an order
+    drawn by their hashes. A question is one of the descriptions, its id the full name, its answer the name.
+
+    split: "train", or "valid": a tenth or more of the questions, in whole top-level modules, drawn by their hashes.
+    library: as for `documents`. Raises UserError where there are no sources.
+    """
+    described = descriptions(library or standard_library())
+    sizes = Counter(full.split(".")[0] for full, _, _ in described)
+    held_out: set[str] = set()
+    for module in sorted(sizes, key=name_hash):
+        if sum(sizes[name] for name in held_out) < len(described) / 10:
+            held_out.add(module)
+    chosen = [entry for entry in described if (entry[0].split(".")[0] in held_out) == (split == "valid")]
+    if not chosen:
+        raise UserError("python-docs: this Python came without sources; give --train and --valid files of questions")
+    n = max(1, len(chosen) // 6)
+    paragraphs = []
+    for i in range(n):
+        group = chosen[i * len(chosen) // n : (i + 1) * len(chosen) // n]
+        context, qas = "", []
+        for full, name, description in sorted(group, key=lambda entry: name_hash(entry[0])):
+            answer = {"text": name, "answer_start": len(context)}
+            qas.append({"id": full, "question": description, "answers": [answer]})
+            context += f"{name}: {description}\n"
+        paragraphs.append({"context": context, "qas": qas})
+    return {"version": "1.1", "data": [{"title": f"python-docs {split}", "paragraphs": paragraphs}]}
+
+
+@functools.cache  # of files that do not change while a program runs; reading them takes seconds
+def descriptions(library: Path) -> tuple[tuple[str, str, str], ...]:
+    """(full name, name, first sentence of its docstring) of what is public, in the order of the sources.
+
+    Only sentences of 4 to 25 words that do not tell the name, and each sentence once: so none stands for two names,
+    and none of the validation's is in training.
+    """
+    found = {}
+    for path in source_files(library):
+        module = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
+        for heading, docstring in definitions(parse(path), module):
+            full = heading.removeprefix("class ").split("(")[0]
+            name = full.split(".")[-1]
+            sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", one_line(docstring.split("\n\n")[0]))[0]
+            plain = sentence.lower()
+            public = not name.startswith("_") and sentence[:1].isalpha()
+            if public and 4 <= len(sentence.split()) <= 25 and name.lower() not in plain:
+                found.setdefault(plain, (full, name, sentence))
+    return tuple(found.values())

@@ -10,16 +10,18 @@ from torch import nn
 from mini.devices import World
 
 
-def flops_per_token(model: nn.Module, length: int) -> int:
+def flops_per_token(model: nn.Module, length: int, predicted: float = 1.0) -> float:
     """Multiply-adds × 2 of a forward pass for one token among `length`, counted from the modules.
 
     2 for each weight of a linear layer, and 2 · 2 · length · H · D in each attention for QKᵀ and the weighted
     sum of V (the causal half is not taken off: Chowdhery et al. 2022, "PaLM", appendix B). Training is 3 times this.
+    predicted: the share of the tokens that a BERT's head for masked tokens sees; its other heads see one in `length`.
     """
-    total = 0
-    for module in model.modules():
+    total = 0.0
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            total += 2 * module.weight.numel()
+            seen = 1.0 if name.startswith(("stack.", "head")) else predicted if "mlm." in name else 1 / length
+            total += 2 * module.weight.numel() * seen
         if hasattr(module, "qkv"):
             total += 4 * length * module.n_heads * module.head_size
     return total
@@ -44,7 +46,9 @@ class Speedometer:
     device's own matmul speed that the model's arithmetic amounts to (MFU), for tasks whose batches are full."""
 
     def __init__(self, model: nn.Module, task, dtype: torch.dtype, world: World, state: dict):
-        self.work = 3 * flops_per_token(model, model.config.max_len) if task.fixed_shape else 0  # forward + backward
+        length = model.config.max_len
+        predicted = getattr(task.data, "most", length) / length
+        self.work = 3 * flops_per_token(model, length, predicted) if task.fixed_shape else 0  # forward + backward
         self.peak = world.size * matmul_speed(world.device, dtype) if task.fixed_shape else 0
         self.last = dict(state)
 

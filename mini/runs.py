@@ -22,7 +22,8 @@ from typing import IO
 import torch
 from torch import nn
 
-from mini.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, from_dict
+from mini.bert import Bert
+from mini.config import TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, from_dict
 from mini.gpt import GPT
 from mini.storage import (
     atomic_folder,
@@ -43,7 +44,7 @@ try:
 except ImportError:
     fcntl = None
 
-MODELS = {"gpt": GPT}
+MODELS = {"gpt": GPT, "bert": Bert}
 FORMAT = 1
 
 
@@ -57,6 +58,7 @@ class RunConfig:
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+    examples: object = None  # the task's own settings, of a class in TASK_CONFIGS
     init: str | None = None  # the run or published folder that the weights started from
     labels: list[str] = field(default_factory=list)  # of a classifier
     tokens: str = ""  # checksum of the training and validation tokens
@@ -75,6 +77,8 @@ def read_config(folder: str | Path) -> RunConfig:
     if values.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not written by this version of mini")
     parts = dict(model=ModelConfig, data=DataConfig, optim=OptimConfig, train=TrainConfig)
+    if values.get("examples"):
+        parts["examples"] = TASK_CONFIGS.get(values.get("task"))
     try:
         return from_dict(RunConfig, values | {name: from_dict(cls, values[name]) for name, cls in parts.items()})
     except (KeyError, TypeError) as error:
@@ -128,10 +132,12 @@ def build(config: RunConfig) -> nn.Module:
 
 
 def published_kind(folder: Path) -> str:
-    kind = read_json(folder / "config.json").get("model_type", "gpt2")
-    if kind != "gpt2":
-        raise UserError(f"{folder}/config.json describes a {kind!r}; mini opens gpt2")
-    return "gpt"
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type", "gpt2" if "n_embd" in config else "bert")
+    kinds = {"gpt2": "gpt", "bert": "bert"}
+    if kind not in kinds:
+        raise UserError(f"{folder}/config.json describes a {kind!r}; mini opens {' and '.join(kinds)}")
+    return kinds[kind]
 
 
 def newest_weights(folder: Path) -> Path:
@@ -143,18 +149,29 @@ def newest_weights(folder: Path) -> Path:
     return checkpoint / "model.safetensors"
 
 
-def start_from(model: nn.Module, start: nn.Module, where: str | Path, keep_head: bool) -> None:
-    """Copies the weights of another run; without keep_head, a classification head keeps its fresh ones."""
+def start_from(model: nn.Module, start: nn.Module, where: str | Path, keep_classes: bool) -> None:
+    """Copies the weights of another run: its whole stack, and of its heads those that the model has too.
+
+    Other heads keep their fresh weights, and without keep_classes so does one for classes. A shorter max_len takes
+    the first of the learned positions.
+    """
     found = weights(start)
-    if not keep_head:
-        fresh = {name: t for name, t in weights(model).items() if name.startswith("classifier.")}
-        found = {name: t for name, t in found.items() if not name.startswith("classifier.")} | fresh
-    load_weights(model, found, where)
+    for name, fresh in weights(model).items():
+        if name.startswith("classifier.") and not keep_classes:
+            found[name] = fresh
+        elif not name.startswith("stack."):
+            found.setdefault(name, fresh)
+        elif name == "stack.positions.weight" and name in found:
+            found[name] = found[name][: len(fresh)]
+    mine = weights(model)
+    load_weights(model, {n: t for n, t in found.items() if n in mine or n.startswith("stack.")}, where)
 
 
 def read_labels(folder: str | Path) -> list[str]:
     """The labels of a run's classification head; none where it has no such head."""
-    return [] if is_published(folder) else read_config(folder).labels
+    if is_published(folder):
+        return list(read_json(Path(folder) / "config.json").get("id2label", {}).values())
+    return read_config(folder).labels
 
 
 # ---------------------------------------------------------------- starting and going on

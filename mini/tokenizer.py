@@ -1,25 +1,22 @@
-"""Text <-> token ids: byte-level BPE (our trainer, tiktoken's encoder) and plain bytes.
+"""Text <-> token ids: byte-level BPE (our trainer, tiktoken's encoder), and opening a tokenizer of any kind.
 
 BPE (Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units") starts from single
 symbols and again and again turns the most frequent pair of neighbours into one new symbol. GPT-2 (Radford et
 al. 2019, §2.2) starts from the 256 bytes, so every text has a code and nothing is unknown, and first splits
 the text into words, numbers, signs and spaces, so no token spans two of them.
 
-Read `train_bpe` first, then `BPETokenizer`; the rest is splitting, saving and opening.
+Read `train_bpe` first, then `BPETokenizer`; the rest is splitting, saving and opening. Bytes, and what all kinds
+share, are in tokenizer_base.py, WordPiece is in wordpiece.py.
 """
 
 import base64
-import codecs
 import functools
 import hashlib
 import heapq
-import json
 import re
-import sys
-import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +24,12 @@ import tiktoken
 from tqdm import tqdm
 
 from mini.config import UserError
-from mini.storage import read_json, write_json, write_text
+from mini.storage import read_json, write_text
+from mini.tokenizer_base import END_OF_TEXT, SPACE, ByteTokenizer, Tokenizer, blocks, character_classes, to_bytes
+from mini.wordpiece import WordPieceTokenizer, load_vocab, load_wordpiece
 
-END_OF_TEXT = "<|endoftext|>"
 # GPT-2's split as tiktoken writes it: the same pieces as from the published code, but faster.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# Unicode's White_Space, which is tiktoken's \s. Python's \s has four control characters (x1c-x1f) more.
-SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-BLOCK = 100_000  # characters
 MAX_ID = 2**24  # a larger id means a damaged file
 
 
@@ -48,8 +43,7 @@ def gpt2_splitter() -> re.Pattern:
     Python's \w is exactly the letters, the numbers and "_", so a list of the numbers gives both. The pieces
     are tiktoken's, except for characters newer than this Python's Unicode tables.
     """
-    kinds = "".join(unicodedata.category(chr(i))[0] for i in range(sys.maxunicode + 1))
-    numbers = "".join(f"{chr(m.start())}-{chr(m.end() - 1)}" for m in re.finditer("N+", kinds))
+    numbers = "".join(characters for category, characters in character_classes().items() if category[0] == "N")
     pattern = GPT2_PATTERN
     for theirs, ours in [
         (r"[^\s\p{L}\p{N}]", rf"(?:[^\w{SPACE}]|_)"),
@@ -60,27 +54,6 @@ def gpt2_splitter() -> re.Pattern:
     ]:
         pattern = pattern.replace(theirs, ours)
     return re.compile(pattern)
-
-
-def blocks(text: str, size: int = BLOCK) -> list[str]:
-    """Cuts a long text where a cut changes no piece: before a space that something else than space follows.
-
-    A block is `size` characters and the rest of the word there, so a text of many MB needs little memory.
-    It also spares tiktoken a million spaces before a word, where it fails ("Max stack size exceeded").
-    """
-    if len(text) <= size:
-        return [text]
-    return re.findall(rf"(?s).{{1,{size}}}.*?(?=[{SPACE}][^{SPACE}]|\Z)", text)
-
-
-def to_bytes(text: str | bytes) -> bytes:
-    """UTF-8. Half a surrogate pair, which a str can hold and UTF-8 cannot, becomes U+FFFD as in tiktoken."""
-    if isinstance(text, bytes):
-        return text
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 # ---- training --------------------------------------------------------------------------------------------
@@ -178,84 +151,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> "
 # ---- tokenizers ------------------------------------------------------------------------------------------
 
 
-class Tokenizer:
-    """What all tokenizers share: the table of what each id stands for, decoding, saving.
-
-    kind          "bytes" or "bpe"
-    vocab_size    ids are 0 .. vocab_size - 1
-    special       {name: id} of the tokens that stand for no text
-    eot           id of <|endoftext|>, or None
-    byte_lengths  (vocab_size,) int64, bytes of text each token stands for (for bits per byte); 0 if special
-    """
-
-    kind: str
-
-    def __init__(self, tokens: dict[bytes, int], special: dict[str, int]):
-        self.special = dict(sorted(special.items(), key=lambda item: item[1]))
-        self.eot = special.get(END_OF_TEXT)
-        self.vocab_size = max([*tokens.values(), *special.values()]) + 1
-        self.table = [b""] * self.vocab_size  # an id that nothing has stays empty
-        for token, i in tokens.items():
-            self.table[i] = token
-        self.byte_lengths = np.array([len(token) for token in self.table], np.int64)
-        for name, i in special.items():
-            self.table[i] = name.encode()
-
-    def encode_array(self, text: str | bytes) -> np.ndarray:
-        """A text's ids, (T,) uint32. Special tokens' names in it are plain text; bytes need not be UTF-8."""
-        raise NotImplementedError
-
-    def encode(self, text: str | bytes) -> list[int]:
-        """The same as a list."""
-        return self.encode_array(text).tolist()
-
-    def token_bytes(self, i: int) -> bytes:
-        """What one token stands for; a special token's name. Raises UserError for an id that is none."""
-        if not 0 <= i < self.vocab_size:
-            raise UserError(f"token {i}: this tokenizer has 0..{self.vocab_size - 1}; use the one it is from")
-        return self.table[i]
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """decode_bytes(encode(b)) == b for any bytes b."""
-        return b"".join(map(self.token_bytes, ids))
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text; U+FFFD where the bytes are not UTF-8."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """`decode` piece by piece as tokens come. A token can end inside a character, a piece never does."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for i in ids:
-            yield decoder.decode(self.token_bytes(i))
-        yield decoder.decode(b"", final=True)
-
-    def description(self) -> dict:
-        """All that defines this tokenizer, as tokenizer.json holds it."""
-        return {"kind": self.kind, "vocab_size": self.vocab_size, "special": self.special}
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the description: equal if any text gets the same ids."""
-        return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()
-
-    def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json. The same tokenizer gives the same bytes."""
-        write_json(Path(folder) / "tokenizer.json", self.description())
-
-
-class ByteTokenizer(Tokenizer):
-    """Every byte is a token, <|endoftext|> is 256: nothing to train, but long sequences."""
-
-    kind = "bytes"
-
-    def __init__(self):
-        super().__init__({bytes([b]): b for b in range(256)}, {END_OF_TEXT: 256})
-
-    def encode_array(self, text: str | bytes) -> np.ndarray:
-        return np.frombuffer(to_bytes(text), np.uint8).astype(np.uint32)
-
-
 class BPETokenizer(Tokenizer):
     """Byte-level BPE as in GPT-2, encoded by tiktoken.
 
@@ -267,10 +162,13 @@ class BPETokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], pattern: str = GPT2_PATTERN):
-        super().__init__(ranks, special)
+        super().__init__(ranks.items(), special)
         self.ranks, self.pattern = ranks, pattern
         self.byte_ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
         self.encoding = tiktoken.Encoding("mini", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+    def remade(self, special: dict[str, int]) -> "BPETokenizer":
+        return BPETokenizer(self.ranks, special, self.pattern)
 
     def encode_array(self, text: str | bytes) -> np.ndarray:
         data = to_bytes(text)
@@ -319,14 +217,16 @@ def make_tokenizer(spec: str, texts: Callable[[], Iterable[str]], vocab_size: in
     if path.suffix == ".tiktoken":
         ranks = load_ranks(path)
         return BPETokenizer(ranks, {END_OF_TEXT: max(ranks.values()) + 1})
+    if path.suffix == ".txt":
+        return load_wordpiece(path)
     raise UserError(
-        f"--tokenizer {spec}: no such tokenizer; possible are bpe, bytes, gpt2, a .tiktoken file, "
-        "the folder of a run, a folder with published GPT-2 weights (vocab.json)"
+        f"--tokenizer {spec}: no such tokenizer; possible are bpe, bytes, gpt2, a .tiktoken file, a WordPiece "
+        "vocab.txt, the folder of a run, a folder with published weights of GPT-2 (vocab.json) or BERT (vocab.txt)"
     )
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in the folder of a run or of published GPT-2 weights. Raises UserError without one."""
+    """The tokenizer in the folder of a run or of published GPT-2 or BERT weights. Raises UserError without one."""
     folder = Path(folder)
     path = folder / "tokenizer.json"
     saved = read_json(path) if path.is_file() else {}
@@ -334,24 +234,35 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return load_saved(path, saved)
     if (folder / "vocab.json").is_file():
         return load_published_gpt2(folder / "vocab.json", read_json(folder / "vocab.json"))
-    if isinstance(saved.get("model"), dict) and "vocab" in saved["model"]:
-        return load_published_gpt2(path, saved["model"]["vocab"])
-    raise UserError(f"{folder}: no tokenizer: neither tokenizer.json nor vocab.json of GPT-2")
+    if (folder / "vocab.txt").is_file():
+        return load_wordpiece(folder / "vocab.txt")
+    model = saved.get("model")
+    if isinstance(model, dict) and "vocab" in model:  # "type" came later than the other
+        if model.get("type") == "WordPiece" or "max_input_chars_per_word" in model:
+            return load_wordpiece(path)
+        return load_published_gpt2(path, model["vocab"])
+    raise UserError(f"{folder}: no tokenizer: neither tokenizer.json, nor GPT-2's vocab.json, nor BERT's vocab.txt")
 
 
 def load_saved(path: Path, saved: dict) -> Tokenizer:
     """What `Tokenizer.save` wrote; `saved` is the content of tokenizer.json."""
-    if saved["kind"] == "bytes":
-        return ByteTokenizer()
-    if saved["kind"] != "bpe":
-        raise UserError(f"{path}: unknown kind of tokenizer {saved['kind']!r}; known are 'bytes' and 'bpe'")
-    ranks = load_ranks(path.with_name("tokenizer.tiktoken"))
+    beside = {"bytes": None, "bpe": "tokenizer.tiktoken", "wordpiece": "vocab.txt"}
+    kind = saved["kind"]
+    if kind not in beside:
+        raise UserError(f"{path}: unknown kind of tokenizer {kind!r}; known are 'bytes', 'bpe' and 'wordpiece'")
     try:
-        tokenizer = BPETokenizer(ranks, saved["special"], saved["pattern"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if kind == "bytes":
+            tokenizer = ByteTokenizer(saved["special"])
+        elif kind == "bpe":
+            tokenizer = BPETokenizer(load_ranks(path.with_name(beside[kind])), saved["special"], saved["pattern"])
+        else:
+            vocab = load_vocab(path.with_name(beside[kind]))
+            tokenizer = WordPieceTokenizer(vocab, saved["lowercase"], saved["special"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the run again") from None
     if tokenizer.description() != saved:
-        raise UserError(f"{path}: does not fit the tokenizer.tiktoken beside it; copy both from one run")
+        wrong = f"does not fit the {beside[kind]} beside it; copy both from one run" if beside[kind] else "damaged"
+        raise UserError(f"{path}: {wrong}")
     return tokenizer
 
 

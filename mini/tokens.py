@@ -213,14 +213,15 @@ def encode_batch(pieces: list[tuple[bool, bytes, bytes]], tokenizer: Tokenizer) 
 
 def encode_piece(piece: bytes, starts: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tokens, and for each byte in `starts` which of them begins there, or else holds it."""
-    ids = tokenizer.encode_array(piece)
-    ends = np.cumsum(tokenizer.byte_lengths[ids])  # (T,) the byte before which each token ends
-    if len(ids) and ends[-1] == len(piece):
+    if tokenizer.lossless:
+        ids = tokenizer.encode_array(piece)
+        ends = np.cumsum(tokenizer.byte_lengths[ids])  # (T,) the byte before which each token ends
         return ids, np.searchsorted(ends, starts, side="right")
     # A tokenizer that drops white space or accents: its tokens do not add up to the text. So by sentences.
     edges = [0, *starts.tolist(), len(piece)]
     parts = [tokenizer.encode_array(piece[a:b]) for a, b in itertools.pairwise(edges)]
-    return np.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
+    ids, places = np.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
+    return ids, places[places < len(ids)]  # what is left behind the last token, a no-break space say, is no sentence
 
 
 # --- Sentences ----------------------------------------------------------------------------------------------

@@ -27,6 +27,24 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
+def drop(x: Tensor, p: float) -> Tensor:
+    """Dropout (Srivastava et al. 2014): each value is zero with probability p, else divided by 1 - p.
+
+    On a CPU, F.dropout takes most of its time for random numbers: one for each value. Here four values share one
+    number of 64 bits, and forward and backward take a quarter of the time (docs/log.md).
+    """
+    if p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p) if p else x
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # each of -2^15 .. 2^15 - 1 equally likely
+    return x * (bits >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p) if self.training else x
+
+
 # ---------------------------------------------------------------- positions
 def sinusoids(length: int, channels: int) -> Tensor:
     """(length, channels) fixed position embeddings: sines, then cosines (Vaswani et al. 2017, §3.5)."""
@@ -66,7 +84,7 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causa
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     if mask is not None:  # added, not filled in: 0 where allowed, -inf elsewhere, and a cheaper backward pass
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
-    weights = F.dropout(scores.softmax(dim=-1), dropout)  # (B, H, T, S), rows sum to 1
+    weights = drop(scores.softmax(dim=-1), dropout)  # (B, H, T, S), rows sum to 1
     return weights.to(v.dtype) @ v
 
 
@@ -199,7 +217,7 @@ class Block(nn.Module):
         self.norm1 = make_norm(config)
         self.mlp = MLP(config, layer)
         self.norm2 = make_norm(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -228,12 +246,13 @@ class Transformer(nn.Module):
         C, m = config.d_model, config.vocab_multiple
         self.tokens = nn.Embedding((config.vocab_size + m - 1) // m * m, C)
         self.positions = nn.Embedding(config.max_len, C) if config.positions == "learned" else None
+        self.segments = nn.Embedding(config.n_segments, C) if config.n_segments else None
         if config.positions == "sinusoidal":
             self.register_buffer("sinusoids", sinusoids(config.max_len, C), persistent=False)
         if config.positions == "rope":
             table = rope_table(config.max_len, config.head_size, config.rope_base)
             self.register_buffer("rope", table, persistent=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         # Post-norm normalises the embedding instead, since its blocks end in a norm.
         self.norm = make_norm(config)
@@ -245,9 +264,10 @@ class Transformer(nn.Module):
                     linear.weight.mul_(0.0 if config.zero_init else (2 * config.n_layers) ** -0.5)
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None, positions: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:  # fmt: skip
+                cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:  # fmt: skip
         """tokens (B, T) int64 -> (B, T, C).
 
+        segments (B, T): the text each token belongs to, 0 for all if it is not given.
         padding (B, T): True where a token is real (a decoder that pads at the right needs none: no real token
         looks there). positions (B, T) and cache: the tokens' places and the ones before them, for generation.
         """
@@ -260,6 +280,8 @@ class Transformer(nn.Module):
             x = x + self.positions.weight[places]
         elif self.config.positions == "sinusoidal":
             x = x + self.sinusoids[places].to(x.dtype)
+        if self.segments is not None:
+            x = x + (self.segments.weight[0] if segments is None else self.segments(segments))
         if self.config.norm_place == "post":
             x = self.norm(x)
         x = self.dropout(x)
@@ -281,6 +303,12 @@ class Transformer(nn.Module):
             else:
                 x = block(x, mask, rope, positions, cache)
         return self.norm(x) if self.config.norm_place == "pre" else x
+
+
+def vocabulary_logits(scores: Tensor, config: ModelConfig) -> Tensor:
+    """(..., rows of the embedding) -> (..., V): without the rows of vocab_multiple; capped if so configured."""
+    scores = scores[..., : config.vocab_size]
+    return config.logit_softcap * torch.tanh(scores / config.logit_softcap) if config.logit_softcap else scores
 
 
 def init_weights(module: nn.Module) -> None:

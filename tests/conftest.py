@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # for train_gpt.py
+sys.path.insert(0, str(ROOT))  # for train_gpt.py and train_bert.py
 torch.set_num_threads(1)  # as in the processes that tests start: the same order of sums, to the bit
 
 
@@ -53,11 +53,12 @@ def command(cache):
 
 def run_here(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
     import mini.__main__
+    import train_bert
     import train_gpt
     from mini.config import run_command
 
     out, err, status = io.StringIO(), io.StringIO(), 0
-    main = mini.__main__.dispatch if argv[0] == "-m" else train_gpt.main
+    main = {"-m": mini.__main__.dispatch, "train_gpt.py": train_gpt.main, "train_bert.py": train_bert.main}[argv[0]]
     with (
         mock.patch.object(sys, "argv", argv[1:] if argv[0] == "-m" else argv),
         mock.patch.dict(os.environ, {"MINI_CACHE": str(cache)}),

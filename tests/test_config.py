@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from mini.config import (
-    PRESETS,
+    BERT_PRESETS,
+    GPT_PRESETS,
     DataConfig,
     ModelConfig,
     OptimConfig,
@@ -17,8 +18,8 @@ from mini.config import (
 CLASSES = [RunOptions, ModelConfig, DataConfig, OptimConfig, TrainConfig]
 
 
-def parse(*argv: str, **defaults):
-    return parse_flags(list(argv), CLASSES, "test", "laptop", **defaults)
+def parse(*argv: str, presets=GPT_PRESETS, **defaults):
+    return parse_flags(list(argv), CLASSES, "test", presets, **defaults)
 
 
 def test_flags_beat_defaults_beat_the_preset_beat_the_fields():
@@ -73,8 +74,10 @@ def test_help_lists_every_flag_with_its_default(capsys):
     assert "width of the residual stream (C) [256]" in text  # the preset's, not the field's
 
 
-def test_presets_set_fields_that_exist():
-    for name, preset in PRESETS.items():
+@pytest.mark.parametrize("presets", [GPT_PRESETS, BERT_PRESETS])
+def test_presets_set_fields_that_exist(presets):
+    for name, preset in presets.items():
         unknown = set(preset) - set().union(*map(field_names, CLASSES))
         assert not unknown, name
-        parse("--preset", name)
+        (_, model, *_), _ = parse("--preset", name, presets=presets)
+        assert model.causal == (presets is GPT_PRESETS)

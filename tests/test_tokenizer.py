@@ -218,6 +218,74 @@ def test_stray_bytes_leave_the_text_around_them_alone(bpe):
     assert bpe.encode(b"the cat\xff\xfe the hat") == [*around[0], 255, 254, *around[1]]
 
 
+def test_offsets_are_the_characters_a_token_comes_from(tokenizer):
+    rng = random.Random(2)
+    odd = "".join(chr(rng.randrange(*rng.choice([(128,), (0xD800,), (2**16, 2**20)]))) for _ in TEXT)
+    for text in ["", "a", TEXT, MIXED, odd]:
+        ids, spans = tokenizer.encode_with_offsets(text)
+        assert ids.tolist() == tokenizer.encode(text)
+        assert spans.shape == (len(ids), 2) and spans.dtype == np.int64
+        byte = 0
+        for token, (start, end) in zip(map(tokenizer.token_bytes, ids), spans, strict=True):
+            # Fewer characters would not hold the token's bytes, and at both ends there is one of them.
+            before, inside = len(text[:start].encode()), text[start:end].encode()
+            assert before <= byte < before + len(text[start].encode())
+            byte += len(token)
+            assert before + len(inside) - len(text[end - 1].encode()) < byte <= before + len(inside)
+        assert byte == len(text.encode())
+
+
+def test_offsets_of_a_known_text(bpe):
+    ids, spans = bpe.encode_with_offsets("é the")
+    assert [bpe.token_bytes(i) for i in ids] == [b"\xc3", b"\xa9", b" the"]
+    assert spans.tolist() == [[0, 1], [0, 1], [1, 5]]
+    # A pair of surrogates in a str is two of its characters and one of the text; half a pair becomes U+FFFD.
+    ids, spans = ByteTokenizer().encode_with_offsets("\ud83d\ude00\ud83da")
+    assert spans.tolist() == [[0, 2]] * 4 + [[2, 3]] * 3 + [[3, 4]]
+
+
+def test_which_tokens_continue_a_word(tokenizer):
+    assert continuing(ByteTokenizer(), "ab-c é1 ") == [0, 1, 0, 0, 0, 0, 1, 1, 0]
+    bpe = BPETokenizer(BYTES | {b" ab": 256, b"cd": 257, b"e ": 258}, {"<|endoftext|>": 259})
+    ids = np.array([[256, 257, 97], [257, 256, 257], [258, 97, 195], [97, 259, 97]])  # .. <|endoftext|> between
+    expected = [[False, True, True], [False, False, True], [False, False, True], [False] * 3]
+    assert bpe.continues_word(ids).tolist() == expected
+    assert tokenizer.continues_word(np.array([], np.uint32)).tolist() == []
+    assert tokenizer.continues_word(np.array([97, tokenizer.eot, 97])).tolist() == [False] * 3
+    named = tokenizer.with_special(["word"])
+    assert named.continues_word(np.array([97, named.special["word"], 97])).tolist() == [False] * 3
+    unused = BPETokenizer(BYTES, {"<|endoftext|>": 300})  # 256..299 are nothing
+    assert unused.continues_word(np.array([97, 280, 97])).tolist() == [False] * 3
+
+
+def continuing(tokenizer, text):
+    return tokenizer.continues_word(tokenizer.encode_array(text)).astype(int).tolist()
+
+
+NAMES = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def test_special_tokens_are_added_once(tokenizer, tmp_path):
+    size = tokenizer.vocab_size
+    assert (tokenizer.cls, tokenizer.sep, tokenizer.mask, tokenizer.pad) == (None,) * 4
+    more = tokenizer.with_special([*NAMES, "<|endoftext|>", "[CLS]"])
+    assert type(more) is type(tokenizer) and more.vocab_size == size + 4 and more.eot == tokenizer.eot
+    assert (more.pad, more.cls, more.sep, more.mask) == (size, size + 1, size + 2, size + 3)
+    assert more.fingerprint != tokenizer.fingerprint and tokenizer.vocab_size == size
+    assert more.with_special(NAMES).fingerprint == more.fingerprint
+    assert tokenizer.with_special([]).fingerprint == tokenizer.fingerprint
+
+    text = f"{MIXED}[CLS] [MASK]"
+    assert more.encode(text) == tokenizer.encode(text)  # their names in a text are text
+    assert more.decode([97, more.mask, 98]) == "a[MASK]b" and more.byte_lengths[size:].tolist() == [0] * 4
+    assert more.continues_word(np.array([97, more.mask, 98, 98])).tolist() == [False, False, False, True]
+
+    more.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.fingerprint == more.fingerprint and again.special == more.special and again.mask == size + 3
+    assert again.encode(text) == more.encode(text)
+
+
 def test_half_a_surrogate_pair(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
     assert tokenizer.decode(tokenizer.encode("a\ud83d\ude00b")) == "a😀b"
@@ -342,13 +410,16 @@ def refused(pattern, function, *arguments):
 
 
 def test_unknown_tokenizers(tmp_path):
-    everything = "bpe, bytes, gpt2, a .tiktoken file, .*folder"
+    everything = "bpe, bytes, gpt2, a .tiktoken file, a WordPiece vocab.txt, .*folder.*BERT"
     refused(f"--tokenizer gpt5: .*{everything}", make_tokenizer, "gpt5", list, 0)
     refused("ranks.tiktoken: No such file", make_tokenizer, str(tmp_path / "ranks.tiktoken"), list, 0)
     refused(f"{tmp_path}: no tokenizer", load_tokenizer, tmp_path)
     refused(f"{tmp_path / 'none'}: no tokenizer", load_tokenizer, tmp_path / "none")
     (tmp_path / "tokenizer.json").write_text('{"kind": "morse"}')
     refused("tokenizer.json: unknown kind of tokenizer 'morse'; known are", load_tokenizer, tmp_path)
+    for wrong in ({}, {"special": None}, {"special": {"a": "b"}}, {"special": {"a": 256}, "vocab_size": 7}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"kind": "bytes"} | wrong))
+        refused("tokenizer.json: damaged", load_tokenizer, tmp_path)
 
 
 def test_broken_ranks_name_the_line(tmp_path):

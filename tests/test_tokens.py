@@ -32,7 +32,7 @@ DOCUMENTS = [
 class TinyTokenizer:
     """Bytes with ids from `first` on, and no end of text."""
 
-    kind, eot, fingerprint = "tiny", None, "f" * 64
+    kind, lossless, eot, fingerprint = "tiny", True, None, "f" * 64
 
     def __init__(self, first: int = 0):
         self.first, self.vocab_size = first, first + 256
@@ -61,7 +61,7 @@ class TripletTokenizer(TinyTokenizer):
 class WordTokenizer(TinyTokenizer):
     """A token per word, by its length; white space is dropped, as WordPiece does."""
 
-    byte_lengths, vocab_size, eot = np.arange(100), 100, 0
+    byte_lengths, vocab_size, eot, lossless = np.arange(100), 100, 0, False
 
     def __init__(self):
         pass
