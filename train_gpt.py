@@ -3,8 +3,8 @@
 from mini import tasks
 from mini.config import GPT_PRESETS, run_command
 from mini.data import LMWindows, prepare_tokens
-from mini.labelled import LabelledTexts, PromptAnswers, labelled_tokenizer
-from mini.start import make_model, make_world, need_files, read_settings, run
+from mini.labelled import LabelledTexts, PromptAnswers, column_texts
+from mini.start import fine_tuning_tokenizer, make_model, make_world, need_files, read_settings, run
 
 TASKS = ("lm", "classify", "pairs")  # predict text, tell a text's label, answer prompts
 
@@ -19,14 +19,14 @@ def main(argv: list[str]) -> None:
     if name == "lm":
         folder, tokenizer = world.main_first(lambda: prepare_tokens(data, config.vocab_size, tokenizer, settings.given))
         examples = LMWindows(folder.train, folder.valid, tokenizer, config.max_len, training.seed)
-        task, checksum = tasks.LanguageModelling(examples, tokenizer), f"{folder.train.sha256}-{folder.valid.sha256}"
+        task, checksum = tasks.LanguageModelling(examples, tokenizer), folder.checksum
     else:
         need_files(settings)
-        columns = ["text"] if name == "classify" else ["prompt", "answer"]
-        tokenizer = tokenizer or labelled_tokenizer(data, columns, config.vocab_size)
+        columns = (["text"], ("text_b",)) if name == "classify" else (["prompt", "answer"],)
+        tokenizer = fine_tuning_tokenizer(settings, lambda: column_texts(data.train, *columns))
         common = data.train, data.valid, tokenizer, config.max_len, training.seed, training.batch_size
         if name == "classify":
-            examples = LabelledTexts(*common, settings.examples)
+            examples = LabelledTexts(*common, settings.task_options)
             task, labels = tasks.Classification(examples), examples.labels
         else:
             examples = PromptAnswers(*common)

@@ -1,8 +1,6 @@
 """One door for everything but training: python -m mini COMMAND (or, installed, mini COMMAND)."""
 
-import csv
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -18,12 +16,12 @@ from mini import squad
 from mini.augment import NORMALIZATIONS, normalize, parse_steps
 from mini.config import (
     BERT,
+    Checked,
     ClassifyConfig,
     DataConfig,
     ModelConfig,
     QAConfig,
     UserError,
-    check,
     nearest,
     option,
     parse_flags,
@@ -35,11 +33,12 @@ from mini.devices import can_compile, pick_device
 from mini.labelled import masked_ids, pad, pad_texts, read_rows, text_ids
 from mini.runs import is_published, load_run, read_config, read_labels, read_result
 from mini.storage import atomic_file, write_text
+from mini.tasks import show_token
 from mini.tokens import is_token_folder
 
 
 @dataclass
-class SampleOptions:
+class SampleOptions(Checked):
     """Continue a prompt with a GPT; several prompts are continued together."""
 
     run: str = option("", "a GPT's run folder, or one with published weights", positional="1")
@@ -58,9 +57,6 @@ class SampleOptions:
     compile: bool = option(False, "compile the step of one token: pays from some thousand tokens on")
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("float32", "of weights and cache", ("float32", "bfloat16"))
-
-    def __post_init__(self):
-        check(self)
 
 
 def sample(argv: list[str]) -> None:
@@ -104,7 +100,7 @@ def sample(argv: list[str]) -> None:
 
 
 @dataclass
-class ClassifyOptions:
+class ClassifyOptions(Checked):
     """Tell the label of texts with a run of --task classify."""
 
     run: str = option("", "a run folder", positional="1")
@@ -116,9 +112,6 @@ class ClassifyOptions:
     batch_size: int = option(32, "texts at a time", low=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
 
-    def __post_init__(self):
-        check(self)
-
 
 def classify(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [ClassifyOptions], ClassifyOptions.__doc__)
@@ -128,24 +121,24 @@ def classify(argv: list[str]) -> None:
             f"{options.run} is not a classifier: make one of it with "
             f"python train_{model.kind}.py --task classify --init {options.run} --train FILE --valid FILE"
         )
-    labels = read_labels(options.run) or [f"LABEL_{i}" for i in range(model.config.n_classes)]
+    labels = read_labels(options.run)
+    if len(labels) != model.config.n_classes:  # published without names
+        labels = [f"LABEL_{i}" for i in range(model.config.n_classes)]
     steps = parse_steps("normalize", task_options(options.run, ClassifyConfig).normalize, NORMALIZATIONS)
     rows = read_texts(options.texts)
-    lines = [["label", "probability", "text"]]
+    lines = ["label\tprobability\ttext"]
     for chunk in progress(rows, options.batch_size):
         texts = [[tokenizer.encode(normalize(text, steps)) for text in row] for row in chunk]
         inputs = pad_texts([text_ids(tokenizer, model.config.max_len, *t) for t in texts], tokenizer)
         with torch.inference_mode():
             probabilities = model.classify(**to_device(inputs, model)).softmax(dim=-1).cpu()
         for row, p in zip(chunk, probabilities, strict=True):
-            lines.append([labels[int(p.argmax())], f"{float(p.max()):.4f}", " ".join(" ".join(row).split())])
-    text = io.StringIO()
-    csv.writer(text, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, escapechar="\\").writerows(lines)
+            lines.append(f"{labels[int(p.argmax())]}\t{float(p.max()):.4f}\t{' '.join(' '.join(row).split())}")
     if options.out:
-        write_text(Path(options.out), text.getvalue())
+        write_text(Path(options.out), "\n".join(lines) + "\n")
         print(f"{len(rows):,} labels are in {options.out}")
     else:
-        print(text.getvalue(), end="")
+        print("\n".join(lines))
 
 
 def read_texts(given: list[str]) -> list[list[str]]:
@@ -171,12 +164,12 @@ def to_device(inputs: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[s
 
 def task_options(run: str, kind: type):
     """The settings that a run was fine-tuned with; the defaults for published weights."""
-    found = None if is_published(run) else read_config(run).examples
+    found = None if is_published(run) else read_config(run).task_options
     return found if isinstance(found, kind) else kind()
 
 
 @dataclass
-class FillOptions:
+class FillOptions(Checked):
     """Fill the masks of a text with a BERT: for each the likeliest tokens, and their probabilities."""
 
     run: str = option("", "a BERT's run folder, or one with published weights", positional="1")
@@ -185,9 +178,6 @@ class FillOptions:
     )
     top: int = option(5, "tokens to show for each mask", low=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
-
-    def __post_init__(self):
-        check(self)
 
 
 def fill(argv: list[str]) -> None:
@@ -210,11 +200,11 @@ def fill(argv: list[str]) -> None:
             if len(places) > 1:
                 print(f"mask {row + 1}:")
             for p, token in zip(values[row].tolist(), tokens[row].tolist(), strict=True):
-                print(f"  {p:.4f}  {tokenizer.decode([token]).strip()}")
+                print(f"  {p:.4f}  {show_token(tokenizer, token)}")
 
 
 @dataclass
-class AnswerOptions:
+class AnswerOptions(Checked):
     """Answer a question from a text with a run of --task qa: the answer stands in the text."""
 
     run: str = option("", "a run folder", positional="1")
@@ -222,9 +212,6 @@ class AnswerOptions:
     context: str = option("", "the text that holds the answer")
     show: int = option(1, "answers to show, the best first", low=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
-
-    def __post_init__(self):
-        check(self)
 
 
 def answer(argv: list[str]) -> None:
@@ -237,16 +224,21 @@ def answer(argv: list[str]) -> None:
         )
     settings = task_options(options.run, QAConfig)
     windows = squad.ask(options.question, options.context, tokenizer, model.config.max_len, settings)
-    inputs = to_device(squad.collate(windows, tokenizer, list(range(len(windows)))).inputs, model)
-    with torch.inference_mode():
-        logits = model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"])
-        spans = squad.best_spans(*logits, inputs["context"], settings.n_best, settings.max_answer).cpu()
-    ((null, answers),) = squad.collect(windows, spans)
+    spans = []
+    for chunk in progress(windows, 32):
+        inputs = to_device(squad.collate(chunk, tokenizer, list(range(len(chunk)))).inputs, model)
+        with torch.inference_mode():
+            logits = model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"])
+            spans.append(squad.best_spans(*logits, inputs["context"], settings.n_best, settings.max_answer).cpu())
+    ((null, answers),) = squad.collect(windows, torch.cat(spans))
     threshold = (read_result(Path(options.run)) or {}).get("null_threshold")
     scores = [found.score for found in answers] + ([null] if threshold is not None else [])
     shares = torch.tensor(scores).softmax(dim=0).tolist()  # among the candidates, as in Devlin's run_squad.py
     if not answers or (threshold is not None and null - answers[0].score > threshold):
-        print(f"(no answer in this text: its score {null:.2f} is above that of any span)")
+        best = (
+            f"the best span has {answers[0].score:.2f}, the threshold is {threshold:.2f}" if answers else "no span fits"
+        )
+        print(f"(no answer in this text)\n    score {null:.2f}; {best}")
         return
     for found, share in list(zip(answers, shares, strict=False))[: options.show]:
         place = f"characters {found.start}-{found.end}"
@@ -254,7 +246,7 @@ def answer(argv: list[str]) -> None:
 
 
 @dataclass
-class EmbedOptions:
+class EmbedOptions(Checked):
     """Turn texts into vectors with a BERT: the mean of the last hidden states over a text's real tokens."""
 
     run: str = option("", "a BERT's run folder, or one with published weights", positional="1")
@@ -263,9 +255,6 @@ class EmbedOptions:
     pooling: str = option("mean", "mean over the tokens, or the first token's state", ("mean", "cls"))
     batch_size: int = option(32, "texts at a time", low=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
-
-    def __post_init__(self):
-        check(self)
 
 
 def embed(argv: list[str]) -> None:
@@ -289,16 +278,16 @@ def read_lines(path: str) -> list[list[str]]:
     if Path(path).suffix in (".tsv", ".csv", ".jsonl"):
         return read_texts([path])
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start:,} is not UTF-8: convert the file") from None
-    if not any(lines):
+    if not any(map(str.strip, lines)):
         raise UserError(f"{path}: no text in it")
-    return [[line] for line in lines if line]
+    return [[line] for line in lines]
 
 
 @dataclass
-class TokensOptions:
+class TokensOptions(Checked):
     """Turn text into a token folder, which --data takes: memory-mapped, with document and sentence offsets."""
 
     files: list[str] = field(
@@ -310,9 +299,6 @@ class TokensOptions:
     out: str = option("", "the folder to make")
     vocab_size: int = option(8192, "tokens of a trained BPE", low=1)
     workers: int = option(0, "threads that encode; 0: one per core", low=0)
-
-    def __post_init__(self):
-        check(self)
 
 
 def tokens(argv: list[str]) -> None:

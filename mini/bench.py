@@ -15,19 +15,17 @@ import torch
 from mini import runs, tasks
 from mini.bert import Bert
 from mini.config import (
-    GPT_PRESETS,
+    Checked,
     DataConfig,
     MLMConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
     UserError,
-    check,
     option,
-    parse_flags,
 )
 from mini.corpus import open_corpus
-from mini.data import BPE_BYTES, ENCODER_TOKENS, LMWindows, MaskedSentences, prepare_tokens
+from mini.data import BPE_BYTES, ENCODER_TOKENS, LMWindows, MaskedSentences
 from mini.devices import World, can_compile, pick_dtype
 from mini.gpt import GPT
 from mini.report import matmul_speed, synchronize
@@ -39,13 +37,13 @@ PROMPT = 8  # tokens that a generation goes on from
 
 
 @dataclass
-class BenchOptions:
+class BenchOptions(Checked):
     """Measure training, generation and tokenization. The sizes of the model are flags, its text is random."""
 
     what: str = option(
         "all",
-        "train and generate, one of them, mlm (a BERT's training), char (the preset, whole) or tokens (of --data)",
-        ("all", "train", "generate", "mlm", "char", "tokens"),
+        "train and generate, one of them, mlm (a BERT's training) or tokens (of --data)",
+        ("all", "train", "generate", "mlm", "tokens"),
     )
     batch_size: int = option(8, "sequences of a training step", low=1)
     steps: int = option(40, "training steps; the first quarter warms up", low=20)
@@ -53,13 +51,13 @@ class BenchOptions:
     new_tokens: int = option(128, "tokens to generate greedily for each prompt", low=1)
     repeats: int = option(5, "generations, of which the median counts", low=1)
     optimizer: str = option("adamw", "of the training", ("adamw", "muon"))
-    data: str = option("tinyshakespeare", "the text of char and tokens: a file, a folder or a known corpus")
+    data: str = option("tinyshakespeare", "the text of tokens: a file, a folder or a known corpus")
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("auto", "as in training", ("auto", "bfloat16", "float32"))
     compile: str = option("auto", "torch.compile; auto: for generation, and on GPUs", ("auto", "true", "false"))
 
     def __post_init__(self):
-        check(self)
+        super().__post_init__()
         if not all(part.isdigit() and int(part) for part in self.batches.split(",")):
             raise UserError(f"--batches {self.batches}: expected numbers such as 1,8")
 
@@ -90,9 +88,6 @@ def run(options: BenchOptions, config: ModelConfig) -> None:
                 options, config, batch, dtype, world
             )
             world.say(f"generation, batch {batch}: {rate:,.0f} tokens/s")
-    if options.what == "char":
-        figures |= char_preset(options, world)
-        world.say(f"char: {figures['val_loss']:.4f} nats/byte after {figures['seconds']:.1f} s")
     if options.what == "tokens":
         figures |= tokenization(options, config)
         world.say(", ".join(f"{name} {value:,.1f}" for name, value in figures.items() if isinstance(value, float)))
@@ -110,8 +105,9 @@ def training_speed(options: BenchOptions, config: ModelConfig, world: World) -> 
     tokenizer = ByteTokenizer()
     if options.what == "mlm":
         config = replace(config, mlm=True, nsp=True)
-        examples = MaskedSentences(file, valid, tokenizer.with_special(ENCODER_TOKENS), config.max_len, 0, MLMConfig())
-        task, model = tasks.MaskedLanguageModelling(examples, examples.tokenizer), Bert(config)
+        tokenizer, full = tokenizer.with_special(ENCODER_TOKENS), MLMConfig(short_rate=0.0)
+        examples = MaskedSentences(file, valid, tokenizer, config.max_len, 0, full)
+        task, model = tasks.MaskedLanguageModelling(examples, tokenizer), Bert(config)
     else:
         examples = LMWindows(file, valid, tokenizer, config.max_len, seed=0)
         task, model = tasks.LanguageModelling(examples, tokenizer), GPT(config)
@@ -141,23 +137,6 @@ def generation_speed(options: BenchOptions, config: ModelConfig, batch: int, dty
         synchronize(world.device)
         times.append(time.perf_counter() - start)
     return batch * options.new_tokens / statistics.median(times[1:])
-
-
-def char_preset(options: BenchOptions, world: World) -> dict:
-    """The whole run of --preset char: its final validation loss, and the seconds it took from the first step."""
-    (config, data, optim, training), _ = parse_flags(
-        ["--data", options.data, "--device", options.device, "--dtype", options.dtype, "--compile", options.compile],
-        [ModelConfig, DataConfig, OptimConfig, TrainConfig], "", {"char": GPT_PRESETS["char"]}, sample_every=0,
-    )  # fmt: skip
-    folder, tokenizer = prepare_tokens(data, config.vocab_size, None)
-    config.vocab_size = tokenizer.vocab_size
-    task = tasks.LanguageModelling(
-        LMWindows(folder.train, folder.valid, tokenizer, config.max_len, training.seed), tokenizer
-    )
-    torch.manual_seed(training.seed)
-    with tempfile.TemporaryDirectory() as out:
-        run_config = runs.RunConfig("gpt", "lm", config, data, optim, training)
-        return train(GPT(config), task, run_config, Path(out), world)
 
 
 def tokenization(options: BenchOptions, config: ModelConfig) -> dict:

@@ -45,22 +45,18 @@ class Bert(nn.Module):
 
     def encode(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None) -> Tensor:
         """The same for rows that are padded at the right to lengths (B,)."""
-        real = torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]  # (B, T)
-        return self(tokens, segments, real)
+        return self(tokens, segments, real_tokens(tokens, lengths))
 
-    def pool(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, C): tanh(W h + b) of the first token, [CLS]."""
+    def pool(self, hidden: Tensor, padding: Tensor | None = None) -> Tensor:
+        """(B, T, C) -> (B, C): tanh(W h + b), h the state of the first token, [CLS], or the mean of all real ones."""
         if self.pooler is None:
             raise ValueError("this BERT has no pooler: it was trained without the next sentence and without classes")
-        return torch.tanh(self.pooler(hidden[:, 0]))
+        return torch.tanh(self.pooler(average(hidden, padding) if self.config.pooling == "mean" else hidden[:, 0]))
 
     def embed(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None, pooling: str = "mean") -> Tensor:
         """A vector for each row, (B, C): the mean of its real tokens' hidden states, or the first one's ("cls")."""
         hidden = self.encode(tokens, lengths, segments)  # (B, T, C)
-        if pooling == "cls":
-            return hidden[:, 0]
-        real = torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]  # (B, T)
-        return (hidden * real[:, :, None]).sum(dim=1) / lengths[:, None]
+        return hidden[:, 0] if pooling == "cls" else average(hidden, real_tokens(tokens, lengths))
 
     # ------------------------------------------------------------ pretraining
     def predict(self, tokens: Tensor, lengths: Tensor, places: Tensor, segments: Tensor | None = None):
@@ -70,7 +66,8 @@ class Bert(nn.Module):
         """
         hidden = self.encode(tokens, lengths, segments)  # (B, T, C)
         masked = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.size(-1)))  # (B, M, C)
-        return self.mlm(masked), self.nsp(self.pool(hidden)) if self.nsp is not None else None
+        pooled = self.pool(hidden, real_tokens(tokens, lengths)) if self.nsp is not None else None
+        return self.mlm(masked), self.nsp(pooled) if self.nsp is not None else None
 
     def loss(
         self,
@@ -94,7 +91,8 @@ class Bert(nn.Module):
     # ------------------------------------------------------------ fine-tuning
     def classify(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None) -> Tensor:
         """tokens (B, T) padded at the right to lengths (B,) -> class logits (B, n_classes)."""
-        return self.classifier(self.dropout(self.pool(self.encode(tokens, lengths, segments))))
+        pooled = self.pool(self.encode(tokens, lengths, segments), real_tokens(tokens, lengths))
+        return self.classifier(self.dropout(pooled))
 
     def find_spans(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, T) of an answer's first token, and of its last."""
@@ -123,11 +121,25 @@ class Bert(nn.Module):
         config.mlm, config.nsp = "mlm.dense.weight" in tensors, "nsp.weight" in tensors
         config.pooler, config.spans = "pooler.weight" in tensors, "spans.weight" in tensors
         config.n_classes = len(tensors.get("classifier.weight", ()))
+        if config.n_classes and not config.pooler:
+            raise UserError(f"{folder}: a classifier of tokens, not of texts, which mini does not have")
         if config.tied:  # some files hold the shared matrix twice
             tensors.pop("mlm.decoder.weight", None)
         model = cls(config)
         load_weights(model, tensors, folder)
         return model.eval()
+
+
+def real_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T): True up to a row's length, False in the padding behind it."""
+    return torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]
+
+
+def average(hidden: Tensor, padding: Tensor | None) -> Tensor:
+    """(B, T, C) -> (B, C): the mean over the tokens for which padding (B, T) is True, or over all."""
+    if padding is None:
+        return hidden.mean(dim=1)
+    return (hidden * padding[:, :, None]).sum(dim=1) / padding.sum(dim=1, keepdim=True)
 
 
 class MLMHead(nn.Module):

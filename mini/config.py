@@ -43,8 +43,15 @@ def check(config) -> None:
                 )
 
 
+class Checked:
+    """A dataclass of options that refuses what they may not be."""
+
+    def __post_init__(self):
+        check(self)
+
+
 @dataclass
-class ModelConfig:
+class ModelConfig(Checked):
     """The model. A GPT and a BERT differ in these values only; the defaults are GPT-2's ways, small."""
 
     n_layers: int = option(6, "number of blocks", low=1)
@@ -77,10 +84,11 @@ class ModelConfig:
     mlm: bool = option(False, "BERT: a head that predicts masked tokens", flag=False)
     nsp: bool = option(False, "BERT: a head that tells the next sentence from a random one", flag=False)
     spans: bool = option(False, "BERT: a head that finds the first and last token of an answer", flag=False)
+    pooling: str = option("cls", "BERT: the pooler sees the first token, or the mean of all", ("cls", "mean"))
     pooler: bool = option(False, "BERT: a tanh layer on the first token", flag=False)
 
     def __post_init__(self):
-        check(self)
+        super().__post_init__()
         for name in ("n_heads", "d_ff"):
             values = getattr(self, name)
             if isinstance(values, list) and len(values) != self.n_layers:
@@ -93,6 +101,8 @@ class ModelConfig:
         for heads in self.layers("n_heads"):
             if self.n_kv_heads and heads % self.n_kv_heads:
                 raise UserError(f"--n_heads {heads} is not divisible by --n_kv_heads {self.n_kv_heads}")
+        if self.n_segments == 1:
+            raise UserError("--n_segments 1: a pair of texts has two; give 0 for none")
         if self.positions == "rope" and self.head_size % 2:
             raise UserError(f"--positions rope needs an even head width, not {self.head_size}")
 
@@ -113,7 +123,7 @@ class ModelConfig:
 
 
 @dataclass
-class RunOptions:
+class RunOptions(Checked):
     """What to do, from what, and where the result goes."""
 
     task: str = option("", "what to learn: its flags are in the --help of that task")
@@ -121,12 +131,9 @@ class RunOptions:
     out: str = option("", "the run folder; the same command goes on with an unfinished one")
     overwrite: bool = option(False, "delete the run in --out and begin anew")
 
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass
-class DataConfig:
+class DataConfig(Checked):
     """Where text comes from and how it becomes tokens."""
 
     data: str = option("python-docs", "text, .jsonl, .gz of either, a folder, a token folder, a known corpus")
@@ -137,25 +144,19 @@ class DataConfig:
     errors: str = option("strict", "bytes that are not UTF-8: refuse, or replace", ("strict", "replace"))
     tokenizer: str = option("bpe", "bpe (train one), bytes, gpt2, a .tiktoken file, a WordPiece vocab.txt, or a run")
 
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass
-class MLMConfig:
+class MLMConfig(Checked):
     """BERT's pretraining: masked tokens and the next sentence (Devlin et al. 2019, §3.1)."""
 
     nsp: bool = option(True, "pairs of segments, and whether the second follows; false: one segment (RoBERTa)")
     mask_rate: float = option(0.15, "share of the tokens to predict", low=0.001, high=0.9)
-    whole_word: bool = option(False, "mask all tokens of a word together")
+    whole_word: bool = option(False, "mask words as a whole; one that would exceed mask_rate is left out")
     short_rate: float = option(0.1, "share of the examples that are cut to a random shorter length", low=0, high=1)
-
-    def __post_init__(self):
-        check(self)
 
 
 @dataclass
-class ClassifyConfig:
+class ClassifyConfig(Checked):
     """Labelled texts, as they are read and as they are varied while training."""
 
     class_weights: str = option("none", "weight of a class in the loss; balanced: 1 / frequency", ("none", "balanced"))
@@ -164,12 +165,9 @@ class ClassifyConfig:
     augment_share: float = option(0.5, "share of the training texts that are augmented each time", low=0, high=1)
     augment_rate: float = option(0.1, "share of the words of such a text that change", low=0, high=1)
 
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass
-class QAConfig:
+class QAConfig(Checked):
     """Answers as spans of a text (Devlin et al. 2019, §4.2)."""
 
     stride: int = option(64, "tokens between the starts of a long text's windows", low=1)
@@ -177,15 +175,12 @@ class QAConfig:
     max_answer: int = option(30, "longest answer in tokens", low=1)
     n_best: int = option(20, "candidates that each window offers", low=1)
 
-    def __post_init__(self):
-        check(self)
-
 
 TASK_CONFIGS = {"mlm": MLMConfig, "classify": ClassifyConfig, "qa": QAConfig}  # the flags of one task only
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(Checked):
     """The optimizer and its schedule."""
 
     optimizer: str = option("muon", "Muon for the hidden matrices and AdamW for the rest, or AdamW", ("muon", "adamw"))
@@ -202,12 +197,9 @@ class OptimConfig:
     momentum: float = option(0.95, "Muon's momentum", low=0, high=0.999999)
     clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0)
 
-    def __post_init__(self):
-        check(self)
-
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Checked):
     """The loop. log_every, sample_every, checkpoint_every, keep and accumulation may change when a run goes on."""
 
     steps: int = option(1000, "optimizer steps", low=1)
@@ -231,9 +223,6 @@ class TrainConfig:
     sample_every: int = option(250, "steps between printed samples; 0: never", resume=True, low=0)
     checkpoint_every: int = option(250, "steps between checkpoints; 0: only when interrupted", resume=True, low=0)
     keep: int = option(2, "checkpoints kept", resume=True, low=1)
-
-    def __post_init__(self):
-        check(self)
 
 
 # ---------------------------------------------------------------- presets: name -> flags
@@ -270,7 +259,7 @@ BERT = dict(
     steps=1_000_000, eval_every=5000, checkpoint_every=5000,
 )  # fmt: skip
 BERT_PRESETS: dict[str, dict] = {
-    "laptop": dict(
+    "bert-laptop": dict(
         MODERN, **ENCODER, n_layers=6, n_heads=4, d_model=256, max_len=128, vocab_size=2048, lr=0.01,
         batch_size=32, steps=390, eval_every=130, sample_every=130, checkpoint_every=130,
     ),

@@ -5,6 +5,7 @@ at place i % n of that epoch's order. So the batch of a step is the same however
 resuming needs nothing but the step.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,28 +81,34 @@ def shuffled(indices: np.ndarray, n: int, seed: int) -> np.ndarray:
     return out
 
 
-def grouped(indices: np.ndarray, lengths: np.ndarray, seed: int, batch_size: int) -> np.ndarray:
-    """As shuffled(), but the examples of a batch are of similar lengths (n,): next to nothing of it is padding.
+class Grouped:
+    """As shuffled(), but the examples of a batch are of similar lengths (n,): next to nothing of it is padding."""
 
-    Each epoch's order is cut into stretches of 50 batches, a stretch is sorted by length, and the batches are
-    shuffled again.
-    """
-    n = len(lengths)
-    epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), n)
-    out = np.empty_like(places)
-    for epoch in np.unique(epochs).tolist():
-        order = permute(np.arange(n), n, mix(seed, epoch))
-        for start in range(0, n, 50 * batch_size):
-            stretch = order[start : start + 50 * batch_size]
-            order[start : start + 50 * batch_size] = stretch[np.argsort(lengths[stretch], kind="stable")]
-        first = -epoch * n % batch_size  # examples that complete the last epoch's last batch
-        whole = (n - first) // batch_size
+    def __init__(self, lengths: np.ndarray, seed: int, batch_size: int):
+        self.lengths, self.seed, self.batch_size = lengths, seed, batch_size
+        self.order = functools.lru_cache(2)(self.order)  # an epoch's order is asked for at every step
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """Which example each of these example numbers is."""
+        epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), len(self.lengths))
+        out = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            out[epochs == epoch] = self.order(epoch)[places[epochs == epoch]]
+        return out
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Stretches of 50 batches of a random order are sorted by length, and the batches shuffled again."""
+        n, size = len(self.lengths), self.batch_size
+        order = permute(np.arange(n), n, mix(self.seed, epoch))
+        for start in range(0, n, 50 * size):
+            stretch = order[start : start + 50 * size]  # a view
+            stretch[:] = stretch[np.argsort(self.lengths[stretch], kind="stable")]
+        first = -epoch * n % size  # examples that complete the last epoch's last batch
+        whole = (n - first) // size
         if whole > 0:
-            batches = order[first : first + whole * batch_size].reshape(whole, batch_size)  # a view
-            batches[:] = batches[permute(np.arange(whole), whole, mix(seed, epoch, 1))]
-        here = epochs == epoch
-        out[here] = order[places[here]]
-    return out
+            batches = order[first : first + whole * size].reshape(whole, size)  # a view
+            batches[:] = batches[permute(np.arange(whole), whole, mix(self.seed, epoch, 1))]
+        return order
 
 
 def uniform(key: int, indices: np.ndarray, width: int) -> np.ndarray:
@@ -234,6 +241,8 @@ class MaskedSentences:
                  options: MLMConfig):  # fmt: skip
         self.train, self.valid = Sentences(train, tokenizer), Sentences(valid, tokenizer)
         self.tokenizer, self.max_len, self.seed, self.options = tokenizer, max_len, seed, options
+        if not len(self.valid.starts):
+            raise UserError("the validation text has no tokens: give more text or a larger --valid_fraction")
         self.room = max_len - (3 if options.nsp else 2)  # for text, beside [CLS] and [SEP]
         if self.room < 2:
             raise UserError(f"--max_len {max_len}: too short for {'pairs of segments' if options.nsp else 'text'}")
@@ -245,7 +254,7 @@ class MaskedSentences:
                 )
         self.n = max(1, len(self.train.tokens) // self.room)
         self.most = max(1, round(options.mask_rate * self.room))  # masked tokens of an example (M)
-        self.words = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special.values()))
+        self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special.values()))
 
     def batch(self, indices: np.ndarray) -> Batch:
         """The examples of these numbers, as make() gives them."""
@@ -271,7 +280,7 @@ class MaskedSentences:
         begin, middle, end = text.stretch(((windows + shift) * self.room).astype(np.int64), size, split)
         if options.nsp:
             unrelated = unrelated < 0.5
-            wrong_begin, wrong_end = text.elsewhere(middle, end - middle, other)
+            wrong_begin, wrong_end = text.elsewhere(middle, np.minimum(end - middle, size), other, split)
             b_begin, b_end = np.where(unrelated, wrong_begin, middle), np.where(unrelated, wrong_end, end)
             a, b = fit(middle - begin, b_end - b_begin, size)  # (B,) tokens of each segment
             a_begin = middle - a  # A loses its beginning and B its end, so what meets stays together
@@ -300,19 +309,19 @@ class MaskedSentences:
         inputs = {name: torch.from_numpy(array) for name, array in inputs.items()}
         return Batch(inputs, counts, int(lengths.sum()))
 
-    def mask(self, tokens: np.ndarray, text: np.ndarray, indices: np.ndarray, seed: int):
-        """Masks in tokens (B, T), where text (B, T) is True; returns the places and what stood there, (B, M).
+    def mask(self, tokens: np.ndarray, allowed: np.ndarray, indices: np.ndarray, seed: int):
+        """Masks in tokens (B, T), where allowed (B, T) is True; returns the places and what stood there, (B, M).
 
         mask_rate of each row's text is to be predicted: 80 % of it becomes [MASK], 10 % another token, 10 % stays.
         """
         B, T = tokens.shape
-        count = np.maximum(1, np.rint(self.options.mask_rate * text.sum(1))).astype(np.int64)  # (B,)
+        count = np.maximum(1, np.rint(self.options.mask_rate * allowed.sum(1))).astype(np.int64)  # (B,)
         draw = uniform(mix(seed, 2), indices, T)  # (B, T): the lowest numbers are masked
         if self.options.whole_word:  # all tokens of a word have the number of its first
-            goes_on = self.tokenizer.continues_word(tokens) & text
+            goes_on = self.tokenizer.continues_word(tokens) & allowed
             first = np.maximum.accumulate(np.where(goes_on, 0, np.arange(T)), axis=1)
             draw = np.take_along_axis(draw, first, axis=1)
-        order = np.argsort(np.where(text, draw, 2.0), axis=1, kind="stable")[:, : self.most + 1]
+        order = np.argsort(np.where(allowed, draw, 2.0), axis=1, kind="stable")[:, : self.most + 1]
         chosen = np.arange(self.most + 1) < count[:, None]
         if self.options.whole_word:  # the word that count would cut is left out, unless it is the only one
             word = np.take_along_axis(first, order, axis=1)
@@ -322,7 +331,7 @@ class MaskedSentences:
         there = np.take_along_axis(tokens, order, axis=1)
         targets = np.where(chosen, there, IGNORE)
         kind, which = uniform(mix(seed, 3), indices, 2 * order.shape[1]).reshape(B, 2, -1).transpose(1, 0, 2)
-        other = self.words[(which * len(self.words)).astype(np.int64)]
+        other = self.ordinary[(which * len(self.ordinary)).astype(np.int64)]
         shown = np.where(kind < 0.8, self.tokenizer.mask, np.where(kind < 0.9, other, targets))
         np.put_along_axis(tokens, order, np.where(chosen, shown, there), axis=1)
         return np.where(chosen, order, 0), targets
@@ -336,7 +345,7 @@ class Sentences:
         # (n_documents + 1,) the number of each document's first sentence, and of all sentences
         self.first = np.append(np.searchsorted(file.sentences, file.documents), len(file.sentences))
         self.marked = tokenizer.eot is not None  # <|endoftext|> stands before a document
-        self.n_documents = len(file.documents)
+        self.n_documents = int((np.diff(self.first) > 0).sum())  # with text
 
     def find(self, places: np.ndarray, side: str = "left") -> np.ndarray:
         """The first sentence that begins at places or later; with side "right", later than places."""
@@ -357,36 +366,46 @@ class Sentences:
     def stretch(self, places: np.ndarray, size: np.ndarray, split: np.ndarray) -> tuple:
         """Begin, middle and end (each (B,), in tokens) of whole sentences of one document, at least size tokens.
 
-        They begin with the sentence at places, or inside of it where it is long; split (in [0, 1)) chooses which of the
-        edges between sentences is the middle. A document's end may come sooner.
+        They begin with the sentence at places, or inside of it where it is long; split (in [0, 1)) chooses which edge
+        between two sentences is the middle, or which token where none is in reach. A document's end may come sooner.
         """
         places = np.minimum(places, len(self.tokens) - 1)
         sentence = self.find(places, "right") - 1
         document = self.document(sentence)
         first, last = self.first[document], self.first[document + 1]
-        sentence = np.maximum(np.where(sentence + 1 == last, sentence - 1, sentence), first)  # another has to follow
-        begin = self.begin(sentence, document)
-        begin = np.where((places - begin >= size) & (places < self.edge(sentence + 1)), places, begin)
-        stop = self.find(begin + size)  # the first sentence that starts behind size tokens
-        stop = np.minimum(np.maximum(stop, sentence + 2), last)
-        end = self.edge(stop)
-        inner = stop - sentence - 1  # edges between two of the sentences
-        middle = self.edge(sentence + 1 + (split * inner).astype(np.int64))
-        middle = np.where(inner > 0, middle, (begin + end) // 2)  # the only sentence of its document
-        return begin, middle, end
+        begin, stop = self.begin(sentence, document), self.edge(last)
+        inside = np.maximum(begin, np.minimum(places, stop - size))  # with size tokens left, if there are so many
+        begin = np.where(places - begin >= size, inside, begin)
+        short = (sentence + 1 == last) & (stop - begin < size)  # the document's last: better begin one sooner
+        begin = np.where(short & (sentence > first), self.begin(sentence - 1, document), begin)
+        sentence = np.maximum(sentence - short, first)
 
-    def elsewhere(self, places: np.ndarray, size: np.ndarray, draw: np.ndarray) -> tuple:
-        """Begin and end of about size tokens, whole sentences, of another document than that of places."""
-        mine = self.document(self.find(places, "right") - 1)
+        beyond = np.minimum(self.find(begin + size), last)  # the first sentence that begins behind size tokens
+        end = self.edge(np.maximum(beyond, sentence + 1))
+        inner = beyond - sentence - 1  # edges between the sentences
+        middle = self.edge(sentence + 1 + (split * inner).astype(np.int64))
+        within = begin + 1 + (split * (np.minimum(end - begin, size) - 1)).astype(np.int64)
+        return begin, np.where(inner > 0, middle, within), end
+
+    def elsewhere(self, places: np.ndarray, size: np.ndarray, draw: np.ndarray, split: np.ndarray) -> tuple:
+        """Begin and end of size tokens of another document than that of places.
+
+        They must not give away that they are from elsewhere: they begin with a sentence if places are where one begins,
+        and are fewer than size only where a document is shorter than that.
+        """
+        at = self.find(places, "right") - 1
+        mine = self.document(at)
         first, last = self.first[mine], self.first[mine + 1]
         sentence = (draw * (len(self.starts) - (last - first))).astype(np.int64)
         sentence += np.where(sentence >= first, last - first, 0)  # every sentence of the others is equally likely
         document = self.document(sentence)
+        end = self.edge(self.first[document + 1])
+        latest = self.find(np.maximum(end - size, 0), "right") - 1  # from here on, size tokens are left
+        sentence = np.clip(sentence, self.first[document], np.maximum(latest, self.first[document]))
         begin = self.begin(sentence, document)
-        stop = self.find(begin + size)
-        before = (self.edge(stop) - (begin + size)) > (begin + size - self.edge(stop - 1))  # is the nearer edge
-        stop = np.clip(stop - before, sentence + 1, self.first[document + 1])
-        return begin, self.edge(stop)
+        length = np.minimum(self.edge(sentence + 1), end - size) - begin
+        begin += np.where(self.edge(at) != places, split * np.maximum(length, 0), 0).astype(np.int64)
+        return begin, np.minimum(begin + size, end)
 
 
 def fit(a: np.ndarray, b: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mini.augment import AUGMENTATIONS, NORMALIZATIONS, augment, normalize, parse_steps
-from mini.config import ClassifyConfig, DataConfig, UserError, nearest
-from mini.data import IGNORE, Batch, grouped, mix, uniform
-from mini.tokenizer import Tokenizer, make_tokenizer
+from mini.config import ClassifyConfig, UserError, nearest
+from mini.data import IGNORE, Batch, Grouped, mix, uniform
+from mini.tokenizer import Tokenizer
 
 
 def read_rows(path: str | Path, columns: list[str], optional: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
@@ -70,23 +70,17 @@ def read_table(text: str, path: Path, columns: list[str]) -> list[tuple[str, dic
 def parse_json_row(text: str, place: str) -> dict:
     try:
         row = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected an object {{...}}")
     return {name: value for name, value in row.items() if isinstance(value, str | int | float)}
 
 
-def labelled_tokenizer(
-    config: DataConfig, columns: list[str], vocab_size: int, special: Sequence[str] = ()
-) -> Tokenizer:
-    """The tokenizer of --tokenizer for training on labelled texts from scratch; a BPE is trained on them."""
-
-    def texts() -> Iterator[str]:
-        for _, row in read_rows(config.train, columns):
-            yield from row.values()
-
-    return make_tokenizer(config.tokenizer, texts, vocab_size - len(special)).with_special(special)
+def column_texts(path: str, columns: list[str], optional: tuple[str, ...] = ()) -> Iterator[str]:
+    """All texts in these columns of a file."""
+    for _, row in read_rows(path, columns, optional):
+        yield from row.values()
 
 
 def checksum(*examples: list) -> str:
@@ -157,25 +151,34 @@ class LabelledTexts:
             raise UserError("the tokenizer has no [CLS] and no <|endoftext|> to mark a text with: use another one")
         if max_len < 8:
             raise UserError(f"--max_len {max_len}: too short for labelled texts; give at least 8")
-        self.tokenizer, self.max_len, self.seed, self.batch_size = tokenizer, max_len, seed, batch_size
+        self.tokenizer, self.max_len, self.seed = tokenizer, max_len, seed
         self.steps = parse_steps("normalize", options.normalize, NORMALIZATIONS)
         self.operations = parse_steps("augment", options.augment, AUGMENTATIONS)
         if "mask" in self.operations and tokenizer.mask is None:
             raise UserError("--augment mask: the tokenizer has no [MASK]; name the other operations")
         self.options, self.notes = options, []
 
-        rows = read_rows(train, ["text", "label"], ("text_b",))
+        rows, valid_rows = (
+            [
+                (place, row | {"label": row["label"].strip()})
+                for place, row in read_rows(path, ["text", "label"], ("text_b",))
+            ]
+            for path in (train, valid)
+        )
+        pairs = "text_b" in rows[0][1]
+        for place, row in [*rows, *valid_rows]:
+            if ("text_b" in row) != pairs:
+                raise UserError(f"{place}: {'no' if pairs else 'a'} 'text_b', unlike in {rows[0][0]}")
         found = Counter(row["label"] for _, row in rows)
         self.labels = sorted(found)
         if len(self.labels) < 2:
             raise UserError(f"{train}: only one label, {self.labels[0]!r}: a classifier needs at least two")
         if once := [label for label in self.labels if found[label] == 1]:
             self.notes.append(f"{train}: {len(once)} of {len(found)} labels occur only once (such as {once[0]!r})")
-        self.texts = [self.read_texts(row) for _, row in rows]  # as augmentation wants them
-        self.train = self.encode(rows, train)
-        self.valid = self.encode(read_rows(valid, ["text", "label"], ("text_b",)), valid)
+        self.train, self.valid = self.encode(rows, train), self.encode(valid_rows, valid)
         self.n = len(self.train)
-        self.lengths = np.array([len(ids) for ids, _, _ in self.train])
+        self.order = Grouped(np.array([len(ids) for ids, _, _ in self.train]), seed, batch_size)
+        self.texts = [self.read_texts(row) for _, row in rows] if self.operations else []
         self.words = [word for texts in self.texts for text in texts for word in text.split()]
         counts = np.array([found[label] for label in self.labels])
         self.class_weights = None
@@ -191,7 +194,7 @@ class LabelledTexts:
         numbers = {label: i for i, label in enumerate(self.labels)}
         encoded, empty = [], []
         for place, row in rows:
-            if not row["label"].strip():
+            if not row["label"]:
                 raise UserError(f"{place}: the label is empty")
             if row["label"] not in numbers:
                 known = ", ".join(self.labels[:10])
@@ -207,7 +210,7 @@ class LabelledTexts:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Texts of similar lengths; of augmented ones, what is done to them depends on (seed, index)."""
-        examples = grouped(indices, self.lengths, self.seed, self.batch_size)
+        examples = self.order(indices)
         rows = [self.train[i] for i in examples]
         if self.operations:
             draws = uniform(mix(self.seed, 4), np.asarray(indices), 2)
@@ -241,11 +244,11 @@ class PromptAnswers:
     def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int, batch_size: int):
         if tokenizer.eot is None:
             raise UserError("the tokenizer has no <|endoftext|>, which ends answers: use another one")
-        self.tokenizer, self.max_len, self.seed, self.batch_size = tokenizer, max_len, seed, batch_size
+        self.tokenizer, self.max_len = tokenizer, max_len
         self.train = self.encode(train)
         self.valid = self.encode(valid)
         self.n = len(self.train)
-        self.lengths, self.notes = np.array([len(ids) for ids, _ in self.train]), []
+        self.order = Grouped(np.array([len(ids) for ids, _ in self.train]), seed, batch_size)
         self.checksum = checksum(self.train, self.valid)
 
     def encode(self, path: str) -> list[tuple[list[int], int]]:
@@ -264,7 +267,7 @@ class PromptAnswers:
         return encoded
 
     def batch(self, indices: np.ndarray) -> Batch:
-        return self.collate([self.train[i] for i in grouped(indices, self.lengths, self.seed, self.batch_size)])
+        return self.collate([self.train[i] for i in self.order(indices)])
 
     def validation(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
         for start in range(0, len(self.valid), batch_size):

@@ -58,7 +58,7 @@ class RunConfig:
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
-    examples: object = None  # the task's own settings, of a class in TASK_CONFIGS
+    task_options: object = None  # the task's own settings, of a class in TASK_CONFIGS
     init: str | None = None  # the run or published folder that the weights started from
     labels: list[str] = field(default_factory=list)  # of a classifier
     tokens: str = ""  # checksum of the training and validation tokens
@@ -77,8 +77,8 @@ def read_config(folder: str | Path) -> RunConfig:
     if values.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not written by this version of mini")
     parts = dict(model=ModelConfig, data=DataConfig, optim=OptimConfig, train=TrainConfig)
-    if values.get("examples"):
-        parts["examples"] = TASK_CONFIGS.get(values.get("task"))
+    if values.get("task_options"):
+        parts["task_options"] = TASK_CONFIGS.get(values.get("task"))
     try:
         return from_dict(RunConfig, values | {name: from_dict(cls, values[name]) for name, cls in parts.items()})
     except (KeyError, TypeError) as error:
@@ -95,7 +95,7 @@ def is_published(folder: str | Path) -> bool:
 def load_run(folder: str | Path, device: str | torch.device = "cpu", kind: str | None = None):
     """(model in eval mode, tokenizer) of a run folder of any kind, or of a folder with published weights.
 
-    An unfinished run gives its newest checkpoint. kind: "gpt" where nothing else will do.
+    An unfinished run gives its newest checkpoint. kind: "gpt" or "bert" where nothing else will do.
     Raises UserError if the folder is no run, is of another kind, or is damaged.
     """
     model, tokenizer = load_model(folder, kind), load_tokenizer(folder)
@@ -170,7 +170,11 @@ def start_from(model: nn.Module, start: nn.Module, where: str | Path, keep_class
 def read_labels(folder: str | Path) -> list[str]:
     """The labels of a run's classification head; none where it has no such head."""
     if is_published(folder):
-        return list(read_json(Path(folder) / "config.json").get("id2label", {}).values())
+        names = read_json(Path(folder) / "config.json").get("id2label")
+        try:
+            return [str(names[i]) for i in sorted(names, key=int)]
+        except (TypeError, ValueError):  # there are none, or not as they should be
+            return []
     return read_config(folder).labels
 
 

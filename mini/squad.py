@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mini import pydocs
 from mini.config import QAConfig, UserError
-from mini.data import Batch, grouped
+from mini.data import Batch, Grouped
 from mini.labelled import pad
 from mini.metrics import answer_f1, exact_match
 from mini.storage import read_json
@@ -94,6 +94,12 @@ def read_squad(path: str | Path, notes: list[str], split: str = "train") -> list
     return questions
 
 
+def squad_texts(path: str) -> Iterator[str]:
+    """All texts of a training file, for a tokenizer to learn from."""
+    for question in read_squad(path, []):
+        yield from (question.context, question.question)
+
+
 def entries(content: dict, path: str | Path) -> Iterator[tuple[str, str, dict]]:
     """(its place, for messages; its context; the entry) of each question."""
     for i, article in enumerate(member(content, "data", list, str(path))):
@@ -117,7 +123,7 @@ def cut_windows(questions: list[Question], tokenizer: Tokenizer, max_len: int, o
     """The windows of all questions, in their order: a context too long for one is covered by several.
 
     They begin options.stride tokens apart, less where a window has no room for so many. A question is cut to
-    options.max_question tokens. Raises UserError if max_len leaves no room for a context.
+    options.max_question tokens, and to half of max_len. Raises UserError if max_len leaves no room for a context.
     """
     if None in (tokenizer.cls, tokenizer.sep, tokenizer.pad):
         raise UserError("the tokenizer has no [CLS], [SEP] and [PAD], which questions need: use another one")
@@ -126,13 +132,11 @@ def cut_windows(questions: list[Question], tokenizer: Tokenizer, max_len: int, o
         if question.context != context:  # several questions in a row share theirs
             context = question.context
             ids, spans = tokenizer.encode_with_offsets(context)
-        head = [tokenizer.cls, *tokenizer.encode(question.question)[: options.max_question], tokenizer.sep]
+        asked = tokenizer.encode(question.question)[: min(options.max_question, max_len // 2)]
+        head = [tokenizer.cls, *asked, tokenizer.sep]
         room = max_len - len(head) - 1
         if room < 1:
-            raise UserError(
-                f"--max_len {max_len}: no room for a context beside a question of {len(head) - 2} tokens; "
-                f"give a larger one, or a smaller --max_question"
-            )
+            raise UserError(f"--max_len {max_len}: no room for a context beside a question; give a larger one")
         first, last = answer_tokens(question, spans)
         step = min(options.stride, room)
         for at in range(0, max(0, len(ids) - room) + step, step):
@@ -187,7 +191,7 @@ class QuestionAnswers:
 
     def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int, batch_size: int,
                  options: QAConfig):  # fmt: skip
-        self.tokenizer, self.seed, self.batch_size, self.options = tokenizer, seed, batch_size, options
+        self.tokenizer, self.options = tokenizer, options
         self.notes: list[str] = []
         questions = read_squad(train, self.notes, "train")
         self.questions = read_squad(valid, self.notes, "valid")
@@ -195,15 +199,14 @@ class QuestionAnswers:
         self.train = cut_windows(questions, tokenizer, max_len, options)
         self.valid = cut_windows(self.questions, tokenizer, max_len, options)
         self.n = len(self.train)
-        self.lengths = np.array([len(window.ids) for window in self.train])
+        self.order = Grouped(np.array([len(window.ids) for window in self.train]), seed, batch_size)
         digest = hashlib.sha256()
         for w in [*self.train, *self.valid]:
             digest.update(np.int32([len(w.ids), w.begin, w.first, w.last]).tobytes() + w.ids.tobytes())
         self.checksum = digest.hexdigest()
 
     def batch(self, indices: np.ndarray) -> Batch:
-        windows = [self.train[i] for i in grouped(indices, self.lengths, self.seed, self.batch_size)]
-        return collate(windows, self.tokenizer)
+        return collate([self.train[i] for i in self.order(indices)], self.tokenizer)
 
     def validation(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
         order = sorted(range(len(self.valid)), key=lambda i: len(self.valid[i].ids))  # alike lengths: less padding

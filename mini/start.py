@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from mini.config import (
 )
 from mini.data import init_tokenizer
 from mini.devices import World
-from mini.tokenizer import Tokenizer
+from mini.tokenizer import Tokenizer, make_tokenizer
 from mini.train import part_size, train
 
 FINETUNE = dict(
@@ -46,7 +47,7 @@ class Settings:
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
-    examples: object  # the task's own, of a class in TASK_CONFIGS, or None
+    task_options: object  # the task's own, of a class in TASK_CONFIGS, or None
     given: set[str]  # names of the flags that were given
     start: nn.Module | None = None  # the model of --init
     tokenizer: Tokenizer | None = None  # its tokenizer
@@ -77,6 +78,8 @@ def read_settings(
     description = f"{description}\n\n--task is one of {', '.join(tasks)}; each has flags and defaults of its own."
     objects, given = parse_flags(argv, classes, description, presets, **defaults)
     settings = Settings(kind, *objects[:5], *(objects[5:] or [None]), given)
+    if task == tasks[0] and settings.data.train:
+        raise UserError(f"--train is a file to fine-tune on; --task {task} reads --data")
     if "steps" in given:
         if settings.train.epochs and "epochs" in given:
             raise UserError("--steps and --epochs: give one of them")
@@ -96,6 +99,8 @@ def open_start(settings: Settings, init: str, special: tuple[str, ...]) -> None:
     for name in SHAPE & flags.keys():
         if flags[name] != getattr(shape, name):
             raise UserError(f"--{name} {flags[name]}: {init} has {getattr(shape, name)}; leave it out")
+    if shape.positions == "learned" and flags.get("max_len", 0) > shape.max_len:
+        raise UserError(f"--max_len {flags['max_len']}: {init} has learned positions for {shape.max_len} tokens")
     settings.model = dataclasses.replace(shape, **flags)
 
 
@@ -109,6 +114,16 @@ def make_world(options: TrainConfig) -> World:
 def need_files(settings: Settings) -> None:
     if not settings.data.train or not settings.data.valid:
         raise UserError(f"--task {settings.run.task} needs --train FILE and --valid FILE")
+
+
+def fine_tuning_tokenizer(
+    settings: Settings, texts: Callable[[], Iterable[str]], special: tuple[str, ...] = ()
+) -> Tokenizer:
+    """That of --init, or without one that of --tokenizer; a BPE is trained on the texts to learn from."""
+    if settings.tokenizer:
+        return settings.tokenizer
+    size = settings.model.vocab_size - len(special)
+    return make_tokenizer(settings.data.tokenizer, texts, size).with_special(special)
 
 
 def make_model(settings: Settings, tokenizer: Tokenizer, labels: list[str], **heads) -> nn.Module:
@@ -129,7 +144,7 @@ def run(settings: Settings, model: nn.Module, task, tokenizer: Tokenizer, tokens
     """Trains in the run folder, new or going on, and says how it went. tokens: checksum of what is learnt from."""
     s = settings
     config = runs.RunConfig(
-        s.kind, s.run.task, s.model, s.data, s.optim, s.train, s.examples, s.run.init, labels, tokens
+        s.kind, s.run.task, s.model, s.data, s.optim, s.train, s.task_options, s.run.init, labels, tokens
     )
     out = Path(s.run.out)
     locked = world.main_first(lambda: runs.start_run(out, config, tokenizer, s.run.overwrite, world.main))

@@ -2,7 +2,7 @@
 
 A task has
     data                    batch(indices), validation(batch_size), and n, the number of training examples
-    fixed_shape             whether every batch has the same shape, full of real tokens
+    fixed_shape             whether every batch has the same shape, and next to no padding
     best                    the validation figure whose best weights are kept, or None to keep the last
     loss(model, inputs)     {name: summed loss}; the loop divides by Batch.counts[name]
     measure(model, inputs)  {name: tensor} of sums over a validation batch; the loop adds them up over all of them
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mini.bert import real_tokens
 from mini.data import LMWindows, MaskedSentences
 from mini.labelled import LabelledTexts, PromptAnswers
 from mini.metrics import bits_per_byte, classification_report, confusion_matrix
@@ -96,7 +97,8 @@ class MaskedLanguageModelling:
         tokens = data.train.tokens
         some = tokens[:: max(1, len(tokens) // 10_000_000)]  # ten millions tell the frequencies
         counts = np.bincount(some, minlength=tokenizer.vocab_size) + 1.0  # none is impossible
-        counts[list(tokenizer.special.values())] = 1e-9  # never masked
+        t = tokenizer
+        counts[[i for i in (t.pad, t.cls, t.sep, t.mask, t.eot) if i is not None]] = 1e-9  # never masked, but [UNK] is
         self.log_frequency = torch.from_numpy(np.log(counts / counts.sum()))
 
     def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,12 +163,10 @@ class MaskedLanguageModelling:
             ids[inputs["places"][row]] = torch.where(targets[row] >= 0, targets[row], ids[inputs["places"][row]])
             first, last = max(1, place - 12), min(int(inputs["lengths"][row]), place + 13)
             before, after = (self.readable(part) for part in (ids[first:place], ids[place + 1 : last]))
-            named = (
-                f"{self.readable(g).strip()!r} {float(p):.2f}"
-                for g, p in zip(guesses[row, at].split(1), values[row, at], strict=True)
-            )
-            was = self.readable(targets[row, at : at + 1]).strip()
-            lines.append(f"{before} [MASK] {after}\n    {', '.join(named)}; it was {was!r}")
+            likeliest = zip(guesses[row, at].tolist(), values[row, at].tolist(), strict=True)
+            named = ", ".join(f"{show_token(self.tokenizer, token)} {p:.2f}" for token, p in likeliest)
+            was = show_token(self.tokenizer, int(targets[row, at]))
+            lines.append(f"{before} [MASK] {after}\n    {named}; it was {was}")
         return "\n".join(lines)
 
     def readable(self, ids: Tensor) -> str:
@@ -177,6 +177,12 @@ class MaskedLanguageModelling:
         begin = int(self.data.valid.begin(np.zeros(1, np.int64), np.zeros(1, np.int64))[0])
         words = self.tokenizer.decode(self.data.valid.tokens[begin : begin + 60].tolist()).split()[:8]
         return [" ".join([*words[:2], "[MASK]", *words[3:]])]
+
+
+def show_token(tokenizer: Tokenizer, token: int) -> str:
+    """A token as a person reads it: without spaces around it, but what cannot be seen in quotation marks."""
+    text = tokenizer.decode([token]).strip(" ")
+    return text if text and text.isprintable() else repr(text)
 
 
 class Classification:
@@ -245,17 +251,16 @@ class QuestionAnswering:
     def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(B, T) of the first token and of the last; padding cannot be either."""
         logits = model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"])
-        T = inputs["tokens"].size(1)
-        padding = torch.arange(T, device=inputs["lengths"].device) >= inputs["lengths"][:, None]
-        first, last = (side.float().masked_fill(padding, -1e9) for side in logits)
+        real = real_tokens(inputs["tokens"], inputs["lengths"])
+        first, last = (side.float().masked_fill(~real, -1e9) for side in logits)
         return first, last
 
     def measure(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss, and the best spans of these windows at their rows of a table: the sum over batches fills it."""
         options = self.data.options
         spans = best_spans(*self.logits(model, inputs), inputs["context"], options.n_best, options.max_answer)
-        table = spans.new_zeros(len(self.data.valid), spans.size(1), dtype=torch.float64)
-        table[inputs["rows"]] = spans.double()
+        table = torch.zeros(len(self.data.valid), spans.size(1), dtype=torch.float64)
+        table[inputs["rows"].cpu()] = spans.cpu().double()
         return self.loss(model, inputs) | {"spans": table}
 
     def metrics(self, sums: dict) -> dict:
@@ -266,7 +271,14 @@ class QuestionAnswering:
     def summary(self, result: dict) -> list[str]:
         n = len(self.data.questions)
         line = f"Exact match {result['exact_match']:.4f}, F1 {result['f1']:.4f} of {n:,} questions"
-        return [line + f" (validation loss {result['val_loss']:.4f} nats)"]
+        lines = [line + f" (validation loss {result['val_loss']:.4f} nats)"]
+        if "null_threshold" in result:
+            lines.append(f"No answer is given where its score is {result['null_threshold']:.2f} above the best span's")
+            if "has_answer_f1" in result:
+                lines[-1] += f"; F1 of questions with an answer {result['has_answer_f1']:.4f}"
+            if "no_answer_accuracy" in result:
+                lines[-1] += f"; right silence {result['no_answer_accuracy']:.4f}"
+        return lines
 
     def sample(self, model: nn.Module) -> None:
         return None

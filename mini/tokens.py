@@ -51,6 +51,10 @@ class TokenFolder:
     valid: TokenFile
     meta: dict  # meta.json
 
+    @property
+    def checksum(self) -> str:
+        return f"{self.train.sha256}-{self.valid.sha256}"
+
 
 def is_token_folder(path: str | Path) -> bool:
     return (Path(path) / "meta.json").is_file() and (Path(path) / "train.tokens").is_file()
@@ -190,16 +194,18 @@ def encode_batches(split: TextSplit, tokenizer: Tokenizer, pool: ThreadPoolExecu
 
 def encode_batch(pieces: list[tuple[bool, bytes, bytes]], tokenizer: Tokenizer) -> Encoded:
     """Encodes pieces of text, each given as (starts_document, the text just before it, the text)."""
-    tokens, documents, sentences = [], [], []
+    tokens, documents, sentences = [np.empty(0, np.uint32)], [], [np.empty(0, np.int64)]
     n_tokens = 0
     for starts_document, context, piece in pieces:
+        ids, places = encode_piece(piece, sentence_starts(context, piece), tokenizer)
+        if not len(ids):  # WordPiece has no tokens for some characters that cannot be seen
+            continue
         if starts_document:
             documents.append(n_tokens)
             sentences.append([n_tokens])
             if tokenizer.eot is not None:
                 tokens.append([tokenizer.eot])
                 n_tokens += 1
-        ids, places = encode_piece(piece, sentence_starts(context, piece), tokenizer)
         tokens.append(ids)
         sentences.append(n_tokens + places)
         n_tokens += len(ids)

@@ -28,10 +28,10 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout (Srivastava et al. 2014): each value is zero with probability p, else divided by 1 - p.
+    """Dropout (Srivastava et al. 2014): each value is zero with probability p, else times 1 / (1 - p).
 
-    On a CPU, F.dropout takes most of its time for random numbers: one for each value. Here four values share one
-    number of 64 bits, and forward and backward take a quarter of the time (docs/log.md).
+    That factor is rounded to x's dtype, as in F.dropout. On a CPU, F.dropout takes most of its time for random numbers,
+    one for each value. Here four values share one number of 64 bits: a quarter of the time (docs/log.md).
     """
     if p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p) if p else x
@@ -258,10 +258,12 @@ class Transformer(nn.Module):
         self.norm = make_norm(config)
         self.checkpoint_activations = False
         self.apply(init_weights)
-        for block in self.blocks:  # GPT-2: keep the residual stream's variance independent of depth
+        # GPT-2 keeps the variance of its residual stream independent of depth; BERT's norms do that for it.
+        scale = (2 * config.n_layers) ** -0.5 if config.norm_place == "pre" else 1.0
+        for block in self.blocks:
             for linear in (block.attention.out, block.mlp.down):
                 with torch.no_grad():
-                    linear.weight.mul_(0.0 if config.zero_init else (2 * config.n_layers) ** -0.5)
+                    linear.weight.mul_(0.0 if config.zero_init else scale)
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None, positions: Tensor | None = None,
                 cache: KVCache | None = None, segments: Tensor | None = None) -> Tensor:  # fmt: skip

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mini import Bert, ModelConfig, load_run
 from mini.config import BERT_PRESETS, ENCODER, MODERN, UserError, model_preset
 from mini.data import IGNORE
-from mini.runs import start_from
+from mini.runs import read_labels, start_from
 from mini.storage import load_tensors, save_tensors, weights
 
 FIXTURE = Path(__file__).parent / "fixtures" / "bert"
@@ -125,6 +125,28 @@ def test_without_pooler(tmp_path):
         model.pool(torch.zeros(1, 2, 32))
 
 
+def test_published_heads_for_classes_and_spans(tmp_path):
+    torch.manual_seed(0)
+    heads = {"classifier.weight": torch.randn(3, 32), "classifier.bias": torch.randn(3)}
+    heads |= {"qa_outputs.weight": torch.randn(2, 32), "qa_outputs.bias": torch.randn(2)}
+    names = {"id2label": {"10": "c", "2": "b", "0": "a"}}
+    folder = rewrite(tmp_path / "x", lambda tensors: tensors | heads, names)
+    model, e = Bert.from_published(folder), expected()
+    hidden = model.encode(e["tokens"], e["lengths"], e["segments"])
+    logits = model.pool(hidden) @ heads["classifier.weight"].T + heads["classifier.bias"]
+    torch.testing.assert_close(model.classify(e["tokens"], e["lengths"], e["segments"]), logits)
+    first, last = model.find_spans(e["tokens"], e["lengths"], e["segments"])
+    torch.testing.assert_close(
+        torch.stack([first, last], -1), hidden @ heads["qa_outputs.weight"].T + heads["qa_outputs.bias"]
+    )
+    assert read_labels(folder) == ["a", "b", "c"]  # in the order of their numbers
+    assert read_labels(rewrite(tmp_path / "y", lambda tensors: tensors, {"id2label": None})) == []
+    no_pooler = {"classifier.weight": torch.randn(3, 32)}
+    token_classifier = rewrite(tmp_path / "z", lambda t: {n: x for n, x in t.items() if "pooler" not in n} | no_pooler)
+    with pytest.raises(UserError, match="a classifier of tokens"):
+        Bert.from_published(token_classifier)
+
+
 @pytest.mark.parametrize(
     "config, message",
     [
@@ -174,7 +196,10 @@ def test_presets_have_the_published_sizes(preset, parameters):
             assert Bert(config).num_params() == 110_106_428
             config.vocab_multiple = 64
             assert Bert(config).num_params() == 110_106_428
-    assert set(BERT_PRESETS) == {"laptop", *(f"bert-{s}" for s in ["tiny", "mini", "small", "medium", "base", "large"])}
+    assert set(BERT_PRESETS) == {
+        "bert-laptop",
+        *(f"bert-{s}" for s in ["tiny", "mini", "small", "medium", "base", "large"]),
+    }
 
 
 # ---------------------------------------------------------------- what it computes

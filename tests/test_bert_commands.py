@@ -32,10 +32,10 @@ def flags(documents):
 def run(flags, command, tmp_path_factory):
     """A small pretrained run."""
     folder = tmp_path_factory.mktemp("runs") / "bert"
-    done = command(*flags, "--steps", 60, "--sample_every", 30, "--out", folder)
+    done = command(*flags, "--steps", 300, "--sample_every", 100, "--out", folder)
     assert "python -m mini fill" in done.stdout and "it was" in done.stdout and "by frequency alone" in done.stdout
     result = last_json(done)
-    assert result["mlm_loss"] < result["unigram_loss"] + 0.5 and 0.3 < result["nsp_accuracy"] <= 1
+    assert result["mlm_loss"] < result["unigram_loss"] and 0.3 < result["nsp_accuracy"] <= 1
     assert result["val_loss"] == pytest.approx(result["mlm_loss"] + result["nsp_loss"])
     return folder
 
@@ -149,9 +149,9 @@ def test_embed(run, reviews, command, tmp_path):
     texts.write_text("The cat sat.\n\nA dog ran under a tree.\nThe cat sat.\n")
     command("-m", "mini", "embed", run, texts)
     vectors = np.load(tmp_path / "texts.txt.npy")
-    assert vectors.shape == (3, 32) and vectors.dtype == np.float32
-    np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-5)
-    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+    assert vectors.shape == (4, 32) and vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors[0], vectors[3], atol=1e-5)
+    assert np.abs(vectors[0] - vectors[2]).max() > 1e-3
     command("-m", "mini", "embed", run, reviews / "valid.tsv", "--out", tmp_path / "v.npy", "--pooling", "cls")
     assert np.load(tmp_path / "v.npy").shape == (12, 32)
     (tmp_path / "empty.txt").write_text("\n")
@@ -230,6 +230,21 @@ def test_question_answering(run, squad_file, command, tmp_path):
     assert "--question: it is empty" in command("-m", "mini", "answer", out, "--context", "b", status=2).stderr
 
 
+def test_question_answering_on_pythons_documentation(command, tmp_path):
+    """Without files, from nothing, on two ranks: the spans that each has found are put together."""
+    shape = ["--n_layers", 1, "--n_heads", 2, "--d_model", 16, "--max_len", 96, "--vocab_size", 600, "--device", "cpu"]
+    more = ["--steps", 2, "--dtype", "float32", "--batch_size", 64]
+    results = []
+    for ranks in (0, 2):
+        out = tmp_path / f"qa{ranks}"
+        accumulation = ["--accumulation", 1 if ranks else 2]
+        done = command("train_bert.py", "--task", "qa", *shape, *more, *accumulation, "--out", out, torchrun=ranks)
+        results.append(last_json(done))
+    for name in ("val_loss", "exact_match", "f1"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4)
+    assert "null_threshold" not in results[0]
+
+
 def test_wrong_answers_are_counted(run, squad_file, command, tmp_path):
     content = json.loads(squad_file.read_text())
     content["data"][0]["paragraphs"][3]["qas"][0]["answers"][0]["answer_start"] += 1
@@ -261,6 +276,9 @@ def test_wrong_answers_are_counted(run, squad_file, command, tmp_path):
         (["--task", "classify"], "--task classify needs --train FILE and --valid FILE"),
         (["--task", "qa", "--whole_word", "true"], "unknown flag --whole_word"),
         (["--init", FIXTURE, "--d_model", "64"], "--d_model 64"),
+        (["--init", FIXTURE, "--max_len", "64"], "--max_len 64"),
+        (["--train", FIXTURE / "vocab.txt"], "--train is a file to fine-tune on"),
+        (["--n_segments", "1"], "--n_segments 1"),
         (["--init", FIXTURE.parent / "gpt2"], "holds a GPT, but this needs a BERT"),
         (["--tokenizer", "no-such.txt"], "it should be a WordPiece vocabulary"),
     ],
