@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini.config import ModelConfig, UserError
-from mini.storage import load_published, load_weights, read_json
+from mini.storage import load_published, load_weights, read_json, settings_of
 from mini.transformer import ACTIVATIONS, Dropout, Linear, Transformer, init_weights, make_norm, vocabulary_logits
 
 
@@ -218,7 +218,7 @@ def published_config(published: dict, folder: str | Path) -> ModelConfig:
         raise UserError(f"{folder}/config.json: hidden_act {activation!r} is not one that Bert has")
     if published.get("position_embedding_type", "absolute") != "absolute" or published.get("is_decoder"):
         raise UserError(f"{folder}/config.json: relative positions and decoders are not supported")
-    try:
+    with settings_of("BERT", f"{folder}/config.json"):
         return ModelConfig(
             n_layers=published["num_hidden_layers"],
             n_heads=published["num_attention_heads"],
@@ -234,5 +234,3 @@ def published_config(published: dict, folder: str | Path) -> ModelConfig:
             tied=published.get("tie_word_embeddings", True),
             causal=False,
         )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json: not the settings of a BERT ({type(error).__name__}: {error})") from None

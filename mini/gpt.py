@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini.config import ModelConfig, UserError
-from mini.storage import load_published, load_weights, read_json
+from mini.storage import load_published, load_weights, read_json, settings_of
 from mini.transformer import KVCache, Linear, Transformer, init_weights, vocabulary_logits
 
 
@@ -249,7 +249,7 @@ def published_config(published: dict, folder: str | Path) -> ModelConfig:
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if published.get(name):
             raise UserError(f"{folder}/config.json: {name} is not supported")
-    try:
+    with settings_of("GPT-2", f"{folder}/config.json"):
         return ModelConfig(
             n_layers=published["n_layer"],
             n_heads=published["n_head"],
@@ -262,7 +262,3 @@ def published_config(published: dict, folder: str | Path) -> ModelConfig:
             dropout=published.get("resid_pdrop", 0.1),
             tied=published.get("tie_word_embeddings", True),
         )
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}/config.json: not the settings of a GPT-2 ({type(error).__name__}: {error})"
-        ) from None

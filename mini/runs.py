@@ -32,6 +32,7 @@ from mini.storage import (
     read_json,
     remove_folder,
     save_tensors,
+    settings_of,
     sha256,
     weights,
     write_json,
@@ -79,10 +80,8 @@ def read_config(folder: str | Path) -> RunConfig:
     parts = dict(model=ModelConfig, data=DataConfig, optim=OptimConfig, train=TrainConfig)
     if values.get("task_options"):
         parts["task_options"] = TASK_CONFIGS.get(values.get("task"))
-    try:
+    with settings_of("run", path):
         return from_dict(RunConfig, values | {name: from_dict(cls, values[name]) for name, cls in parts.items()})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the config of a run ({type(error).__name__}: {error})") from None
 
 
 def is_published(folder: str | Path) -> bool:

@@ -104,6 +104,15 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
+@contextlib.contextmanager
+def settings_of(what: str, path: str | Path) -> Iterator[None]:
+    """Turns a setting that is missing or of a wrong type into a UserError about the file at path."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the settings of a {what} ({type(error).__name__}: {error})") from None
+
+
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
