@@ -83,8 +83,9 @@ def plot_metrics(rows: list[dict], path: Path) -> None:
     axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="training")
     valid = [r for r in rows if "val_loss" in r]
     axes.plot([r["step"] for r in valid], [r["val_loss"] for r in valid], "o-", label="validation")
-    if valid and "mlm_loss" in valid[0]:  # of a BERT: what of it is due to masked tokens, and what counting gives
+    if valid and "nsp_loss" in valid[0]:  # what of a BERT's loss is due to masked tokens
         axes.plot([r["step"] for r in valid], [r["mlm_loss"] for r in valid], "o:", label="masked tokens alone")
+    if valid and "unigram_loss" in valid[0]:
         axes.axhline(valid[-1]["unigram_loss"], ls="--", color="gray", label="masked tokens by frequency alone")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
