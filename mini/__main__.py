@@ -115,6 +115,7 @@ class ClassifyOptions(Checked):
 
 def classify(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [ClassifyOptions], ClassifyOptions.__doc__)
+    check_out(options.out or ".", options.texts)
     model, tokenizer = load_run(options.run, pick_device(options.device))
     if not model.config.n_classes:
         raise UserError(
@@ -146,7 +147,18 @@ def read_texts(given: list[str]) -> list[list[str]]:
     if len(given) == 1 and Path(given[0]).suffix in (".tsv", ".csv", ".jsonl"):
         rows = read_rows(given[0], ["text"], ("text_b",))
         return [[row[name] for name in ("text", "text_b") if name in row] for _, row in rows]
+    for text in given:
+        if not text.strip():
+            raise UserError("a text is empty: there is nothing to tell")
+        if len(text) < 256 and Path(text).exists():
+            raise UserError(f"{text} is a file or folder, not a text: give one .tsv, .csv or .jsonl file, or texts")
     return [[text] for text in given]
+
+
+def check_out(out: str | Path, given: list[str]) -> None:
+    """Refuses to write over what is read."""
+    if any(Path(out).resolve() == Path(name).resolve() for name in given if len(name) < 256):
+        raise UserError(f"--out {out}: is the file to read; name another one")
 
 
 def progress(rows: list, batch_size: int) -> Iterator[list]:
@@ -259,6 +271,8 @@ class EmbedOptions(Checked):
 
 def embed(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [EmbedOptions], EmbedOptions.__doc__)
+    out = Path(options.out or f"{options.file}.npy")
+    check_out(out, [options.file])
     model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
     rows = read_lines(options.file)
     encoded = [text_ids(tokenizer, model.config.max_len, *map(tokenizer.encode, row)) for row in rows]
@@ -268,7 +282,6 @@ def embed(argv: list[str]) -> None:
         inputs = to_device(pad_texts([encoded[i] for i in chunk], tokenizer), model)
         with torch.inference_mode():
             vectors[chunk] = model.embed(**inputs, pooling=options.pooling).float().cpu().numpy()
-    out = Path(options.out or f"{options.file}.npy")
     with atomic_file(out) as temporary, open(temporary, "wb") as file:
         np.save(file, vectors)
     print(f"{len(rows):,} vectors of {model.config.d_model} numbers are in {out}")

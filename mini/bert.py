@@ -1,5 +1,6 @@
 """BERT: the stack as an encoder, and heads for masked tokens, the next sentence, classes and spans."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class Bert(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config = config = dataclasses.replace(config, causal=False)
         C = config.d_model
         self.stack = Transformer(config)
         pooled = config.pooler or config.nsp or config.n_classes

@@ -140,7 +140,9 @@ class DataConfig(Checked):
     train: str | None = option(None, "training file of the tasks that fine-tune")
     valid: str | None = option(None, "validation file; without one, the end of --data is held out")
     valid_fraction: float = option(0.1, "share of --data held out for validation", low=1e-6, high=0.999999)
-    separator: str | None = option(None, "a string that ends a document in a text file, such as <|endoftext|>")
+    separator: str | None = option(
+        None, "what ends a document in a text file, such as \\n\\n; without it a file is one"
+    )
     errors: str = option("strict", "bytes that are not UTF-8: refuse, or replace", ("strict", "replace"))
     tokenizer: str = option("bpe", "bpe (train one), bytes, gpt2, a .tiktoken file, a WordPiece vocab.txt, or a run")
 
@@ -233,7 +235,7 @@ MODERN = dict(
 # GPT-2's ways (Radford et al. 2019) with the training values of nanoGPT's reproduction.
 GPT2 = dict(
     max_len=1024, vocab_size=50257, tokenizer="gpt2", optimizer="adamw", lr=6e-4, beta2=0.95, weight_decay=0.1,
-    schedule="cosine", warmup=700, min_lr=0.1, batch_size=480, accumulation=5, steps=100_000, eval_every=1000,
+    schedule="cosine", warmup=0.007, min_lr=0.1, batch_size=480, accumulation=5, steps=100_000, eval_every=1000,
     checkpoint_every=1000,
 )  # fmt: skip
 GPT_PRESETS: dict[str, dict] = {
@@ -255,7 +257,7 @@ ENCODER = dict(causal=False, n_segments=2)
 # BERT's ways (Devlin et al. 2019, appendix A.2); the small sizes are those of Turc et al. 2019.
 BERT = dict(
     ENCODER, norm_place="post", norm_eps=1e-12, activation="gelu", dropout=0.1, max_len=512, vocab_size=30522,
-    optimizer="adamw", lr=1e-4, beta2=0.999, weight_decay=0.01, schedule="linear", warmup=10_000, batch_size=256,
+    optimizer="adamw", lr=1e-4, beta2=0.999, weight_decay=0.01, schedule="linear", warmup=0.01, batch_size=256,
     steps=1_000_000, eval_every=5000, checkpoint_every=5000,
 )  # fmt: skip
 BERT_PRESETS: dict[str, dict] = {

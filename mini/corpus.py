@@ -203,6 +203,8 @@ def no_such(data: str | Path) -> UserError:
 def open_reader(data: str | list[str], separator: str | None, errors: str) -> Reader:
     if paths := existing(data):
         files = [file for path in paths for file in list_files(path)]
+        if separator:  # a shell hands over \n as it is typed
+            separator = separator.replace("\\n", "\n").replace("\\t", "\t")
         mark = (separator, 0, len(separator)) if separator else None
         return lambda: read_files(files, mark, errors)
     if data == DEFAULT:

@@ -137,8 +137,8 @@ def init_tokenizer(init: str, spec: str | None, special: Sequence[str] = ()) -> 
     except UserError:
         if spec in (None, "bpe"):
             raise
-        return make_tokenizer(spec, list, 0).with_special(special)
-    if spec and (spec == "bpe" or make_tokenizer(spec, list, 0).with_special(special).fingerprint != own.fingerprint):
+        return make_tokenizer(spec, list, 0, special)
+    if spec and (spec == "bpe" or make_tokenizer(spec, list, 0, special).fingerprint != own.fingerprint):
         raise UserError(f"--tokenizer {spec}: {init} brings a tokenizer of its own, on which its weights depend")
     return own
 
@@ -163,7 +163,7 @@ def prepare_tokens(
             raise UserError(f"{config.data} was made with another tokenizer than the run of --init has")
         return tokens.open_tokens(config.data), made_with
     if not tokenizer and config.tokenizer != "bpe":
-        tokenizer = make_tokenizer(config.tokenizer, list, vocab_size).with_special(special)
+        tokenizer = make_tokenizer(config.tokenizer, list, vocab_size, special)
     text = corpus.fingerprint(config.data, config.valid, config.valid_fraction, config.separator, config.errors)
     trained = f"bpe{vocab_size}" + f"-{len(special)}" * bool(special)
     name = f"{tokenizer.kind}-{tokenizer.fingerprint[:12]}" if tokenizer else trained
@@ -185,8 +185,7 @@ def write_token_folder(
     split = config.valid, config.valid_fraction, config.separator, config.errors
     train, valid = corpus.open_corpus(config.data, *split)
     if not tokenizer:
-        made = make_tokenizer(config.tokenizer, lambda: train.texts(limit=BPE_BYTES), vocab_size - len(special))
-        tokenizer = made.with_special(special)
+        tokenizer = make_tokenizer(config.tokenizer, lambda: train.texts(limit=BPE_BYTES), vocab_size, special)
     return tokens.write_tokens({"train": train, "valid": valid}, tokenizer, out, workers=workers)
 
 
@@ -250,7 +249,8 @@ class MaskedSentences:
             if options.nsp and text.n_documents < 2:
                 raise UserError(
                     f"the {name} text is one document, so there is no other to draw a wrong next sentence from: give "
-                    f"several files, say what ends a document with --separator, or use --nsp false"
+                    f"several files, say what ends a document with --separator (an empty line: '\\n\\n'), or use "
+                    f"--nsp false"
                 )
         self.n = max(1, len(self.train.tokens) // self.room)
         self.most = max(1, round(options.mask_rate * self.room))  # masked tokens of an example (M)

@@ -122,8 +122,7 @@ def fine_tuning_tokenizer(
     """That of --init, or without one that of --tokenizer; a BPE is trained on the texts to learn from."""
     if settings.tokenizer:
         return settings.tokenizer
-    size = settings.model.vocab_size - len(special)
-    return make_tokenizer(settings.data.tokenizer, texts, size).with_special(special)
+    return make_tokenizer(settings.data.tokenizer, texts, settings.model.vocab_size, special)
 
 
 def make_model(settings: Settings, tokenizer: Tokenizer, labels: list[str], **heads) -> nn.Module:
@@ -181,6 +180,8 @@ def prologue(model: nn.Module, task, world: World) -> str:
 
 def epilogue(task, result: dict) -> str:
     lines = [*task.summary(result)]
+    if "best_step" in result:
+        lines.append(f"These are the figures, and the weights, of step {result['best_step']:,}: the best {task.best}")
     lines.append(f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s")
     lines[-1] += f" ({result['tokens_per_s']:,.0f} tokens/s while training"
     if "mfu" in result:

@@ -222,6 +222,8 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where
 def load_published(folder: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder with published weights: model.safetensors or pytorch_model.bin."""
     safetensors, pickled = Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder")
     if safetensors.exists():
         return load_tensors(safetensors)
     if not pickled.exists():

@@ -273,11 +273,12 @@ class QuestionAnswering:
         line = f"Exact match {result['exact_match']:.4f}, F1 {result['f1']:.4f} of {n:,} questions"
         lines = [line + f" (validation loss {result['val_loss']:.4f} nats)"]
         if "null_threshold" in result:
-            lines.append(f"No answer is given where its score is {result['null_threshold']:.2f} above the best span's")
+            threshold = f"{result['null_threshold']:.2f}"
+            lines.append(f"No answer is given where (score of no answer - score of the best span) is over {threshold}")
             if "has_answer_f1" in result:
-                lines[-1] += f"; F1 of questions with an answer {result['has_answer_f1']:.4f}"
+                lines.append(f"F1 of the questions with an answer: {result['has_answer_f1']:.4f}")
             if "no_answer_accuracy" in result:
-                lines[-1] += f"; right silence {result['no_answer_accuracy']:.4f}"
+                lines.append(f"Questions without an answer that get none: {result['no_answer_accuracy']:.4f}")
         return lines
 
     def sample(self, model: nn.Module) -> None:

@@ -16,7 +16,7 @@ import heapq
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,16 +59,19 @@ def gpt2_splitter() -> re.Pattern:
 # ---- training --------------------------------------------------------------------------------------------
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> "BPETokenizer":
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True, added: int = 0) -> "BPETokenizer":
     """Learns a byte-level BPE vocabulary from text (Sennrich et al. 2016, Algorithm 1).
 
     vocab_size counts everything: the 256 bytes (ids 0..255), the merges in the order they are learned, and
     <|endoftext|> (the last id). Of equally frequent pairs the one with the smaller ids is merged, so the same
     text gives the same vocabulary, in whatever order it comes. Memory grows with the number of different
-    words, not with the text. Raises UserError if vocab_size is below 257 or more than the text can yield.
+    words, not with the text. Raises UserError if vocab_size is below 257 or more than the text can yield; added
+    tokens, which come on top of vocab_size, are counted in its message.
     """
     if vocab_size < 257:
-        raise UserError(f"--vocab_size {vocab_size}: 256 bytes and {END_OF_TEXT} alone are 257; ask for more")
+        raise UserError(
+            f"--vocab_size {vocab_size + added}: must be at least {257 + added} (256 bytes, {END_OF_TEXT} ..)"
+        )
     hidden = None if progress else True  # None: tqdm shows itself on a terminal only
 
     # No merge crosses a piece, so one that occurs a thousand times is looked at once and counts thousandfold.
@@ -144,7 +147,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> "
 
     most = len(tokens) + 1
     if most < vocab_size:
-        raise UserError(f"--vocab_size {vocab_size}: this text yields only {most}; ask for that, or add text")
+        size, most = vocab_size + added, most + added
+        raise UserError(f"--vocab_size {size}: this text yields only {most}; ask for that, or add text")
     return BPETokenizer({token: i for i, token in enumerate(tokens)}, {END_OF_TEXT: len(tokens)})
 
 
@@ -203,10 +207,19 @@ class BPETokenizer(Tokenizer):
 # ---- opening ---------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(spec: str, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
-    """The tokenizer that --tokenizer names. `texts` and `vocab_size` are used only to train one ("bpe")."""
+def make_tokenizer(
+    spec: str, texts: Callable[[], Iterable[str]], vocab_size: int, special: Sequence[str] = ()
+) -> Tokenizer:
+    """The tokenizer that --tokenizer names, with these special tokens too.
+
+    `texts` and `vocab_size`, in which the special tokens are counted, are used only to train one ("bpe").
+    """
     if spec == "bpe":
-        return train_bpe(texts(), vocab_size)
+        return train_bpe(texts(), vocab_size - len(special), added=len(special)).with_special(special)
+    return open_tokenizer(spec).with_special(special)
+
+
+def open_tokenizer(spec: str) -> Tokenizer:
     if spec == "bytes":
         return ByteTokenizer()
     if spec == "gpt2":

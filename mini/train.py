@@ -256,9 +256,12 @@ def evaluate(model: nn.Module, task, world: World, dtype: torch.dtype, batch_siz
 
 
 def keep_best(state: dict, figures: dict, name: str, model: nn.Module, folder: Path, world: World) -> None:
-    """Remembers figures and weights if figures[name] is the best so far: lowest for a loss, else highest."""
-    sign = -1 if name.endswith("loss") else 1
-    if state["best"] is None or sign * figures[name] > sign * state["best"][name]:
+    """Remembers figures and weights if figures[name] is the best so far, or as good with a lower validation loss."""
+
+    def rank(figures: dict) -> tuple[float, float]:
+        return (-1 if name.endswith("loss") else 1) * figures[name], -figures["val_loss"]
+
+    if state["best"] is None or rank(figures) > rank(state["best"]):
         state["best"] = {**figures, "best_step": state["step"]}
         if world.main:
             save_tensors(folder / "best.safetensors", weights(model))

@@ -298,3 +298,11 @@ def test_shorter_texts_take_the_first_positions():
     assert torch.equal(model.stack.positions.weight, start.stack.positions.weight[:16])
     with pytest.raises(UserError, match=r"positions.weight is"):
         start_from(make(2, **(PRETRAINING | dict(max_len=32))), start, "there", keep_classes=False)
+
+
+def test_a_bert_looks_both_ways_whatever_the_config_says():
+    model = make(**{**SMALL, "causal": True})
+    tokens = inputs()["tokens"]
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 60
+    assert not model.config.causal and not torch.allclose(model(tokens)[:, 0], model(changed)[:, 0])

@@ -294,3 +294,33 @@ def test_published_weights_can_be_fine_tuned(reviews, command, tmp_path):
     done = command("train_bert.py", "--task", "classify", "--init", FIXTURE, *files, "--max_len", 20, "--steps", 4)
     assert "accuracy" in last_json(done) and (tmp_path / "run" / "vocab.txt").is_file()
     assert "is not a classifier" in command("-m", "mini", "classify", FIXTURE, "text", status=2).stderr
+
+
+def test_what_is_read_is_not_written_over(classifier, run, reviews, command):
+    before = (reviews / "valid.tsv").read_bytes()
+    for flags in (["classify", classifier], ["embed", run]):
+        done = command("-m", "mini", *flags, reviews / "valid.tsv", "--out", reviews / "valid.tsv", status=2)
+        assert "is the file to read" in done.stderr and (reviews / "valid.tsv").read_bytes() == before
+
+
+def test_a_file_is_not_a_text(classifier, documents, command):
+    assert "file or folder" in command("-m", "mini", "classify", classifier, documents / "00.txt", status=2).stderr
+    assert "file or folder" in command("-m", "mini", "classify", classifier, documents, "a text", status=2).stderr
+    assert "is empty" in command("-m", "mini", "classify", classifier, " ", status=2).stderr
+
+
+def test_too_many_tokens_for_a_small_text(tmp_path, command):
+    """The message counts as the flag does, special tokens among them."""
+    (tmp_path / "text.txt").write_text("A cat sat. A dog ran.\n\n" * 60)
+    flags = ["train_bert.py", "--data", tmp_path / "text.txt", *TINY[2:], "--separator", r"\n\n", "--steps", 2]
+    refused = command(*flags, "--vocab_size", 999, "--out", tmp_path / "run", status=2).stderr
+    assert "--vocab_size 999: " in refused
+    most = refused.split("yields only ")[1].split(";")[0]
+    done = command(*flags, "--vocab_size", most, "--out", tmp_path / "run")
+    assert f"vocabulary {most}" in done.stdout
+
+
+def test_one_document_has_no_other(tmp_path, command):
+    (tmp_path / "text.txt").write_text("A cat sat. A dog ran.\n\n" * 60)
+    flags = ["train_bert.py", "--data", tmp_path / "text.txt", *TINY, "--out", tmp_path / "run"]
+    assert "--separator" in command(*flags, status=2).stderr and not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mini import GPT, ModelConfig
-from mini.config import OptimConfig
+from mini.config import PRESETS, OptimConfig, field_names
 from mini.optim import Muon, make_optimizers, orthogonalize, schedule
 
 
@@ -80,3 +80,12 @@ def test_every_parameter_has_one_group(name, tied):
     assert groups[id(block.mlp.up.weight)]["peak_lr"] == 0.08
     assert groups[id(model.stack.tokens.weight)]["peak_lr"] == (0.04 if name == "muon" else 0.08)
     assert groups[id(block.norm1.weight)]["peak_lr"] == (0.02 if name == "muon" else 0.08)
+
+
+def test_published_warmups():
+    """10,000 of BERT's million steps; and the same share of fewer."""
+    for name, steps, expected in (("bert-base", 1_000_000, 10_000), ("gpt2", 100_000, 700), ("bert-base", 1000, 10)):
+        config = OptimConfig(**{k: v for k, v in PRESETS[name].items() if k in field_names(OptimConfig)})
+        shares = [schedule(step, steps, config) for step in range(expected + 2)]
+        assert shares[:expected] == sorted(shares[:expected]) and max(shares) == shares[expected] == 1
+        assert shares[expected - 1] < 1

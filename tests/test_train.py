@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conftest import TINY, command_line, environment, last_json, metrics
 from mini import load_run
 from mini.runs import newest_checkpoint
 from mini.storage import load_tensors
+from mini.train import keep_best
 
 QUICK = [*TINY, "--sample_every", 0, "--eval_every", 0, "--log_every", 1]
 
@@ -299,3 +301,11 @@ def test_init_starts_from_the_weights(dropout_run, text_file, tmp_path, command)
     tensors = load_tensors(tmp_path / "run" / "model.safetensors")
     for name, tensor in load_tensors(folder / "model.safetensors").items():
         torch.testing.assert_close(tensors[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_of_equally_good_weights_those_with_the_lower_loss_are_kept():
+    state, world = {"best": None, "step": 0}, SimpleNamespace(main=False)
+    for step, (accuracy, loss) in enumerate([(0.5, 1.0), (0.9, 0.4), (0.9, 0.3), (0.9, 0.35), (0.8, 0.1)]):
+        state["step"] = step
+        keep_best(state, {"accuracy": accuracy, "val_loss": loss}, "accuracy", None, None, world)
+    assert state["best"]["best_step"] == 2
