@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from mini.config import ModelConfig, UserError
 from mini.storage import load_published, load_weights, read_json, settings_of
-from mini.transformer import ACTIVATIONS, Dropout, Linear, Transformer, init_weights, make_norm, vocabulary_logits
+from mini.transformer import (
+    ACTIVATIONS,
+    Dropout,
+    Linear,
+    Transformer,
+    count_weights,
+    init_weights,
+    make_norm,
+    vocabulary_logits,
+)
 
 
 class Bert(nn.Module):
@@ -107,7 +116,7 @@ class Bert(nn.Module):
         per_row = self.config.d_model
         if self.mlm is not None:  # a bias, and an untied decoder
             per_row += 1 + (0 if self.config.tied else self.config.d_model)
-        return sum(p.numel() for p in self.parameters()) - extra * per_row
+        return count_weights(self) - extra * per_row
 
     # ------------------------------------------------------------ published weights
     @classmethod

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -133,6 +134,15 @@ class RunOptions(Checked):
 
 
 @dataclass
+class CompressOptions(Checked):
+    """What to make smaller, and where the result goes."""
+
+    run: str = option("", "a run, or a folder with published weights", positional="1")
+    out: str = option("", "the run folder to make; the same command goes on with an unfinished one")
+    overwrite: bool = option(False, "delete the run in --out and begin anew")
+
+
+@dataclass
 class DataConfig(Checked):
     """Where text comes from and how it becomes tokens."""
 
@@ -178,6 +188,77 @@ class QAConfig(Checked):
     n_best: int = option(20, "candidates that each window offers", low=1)
 
 
+@dataclass
+class PruneConfig(Checked):
+    """What is taken out of a model, and how it is chosen."""
+
+    sparsity: float = option(0.5, "share of the weights, heads or neurons that goes", low=0)
+    method: str = option(
+        "magnitude",
+        "how their importance is measured; gradient: of heads and neurons",
+        ("magnitude", "random", "wanda", "gradient"),
+    )
+    scope: str = option("layer", "compared within a layer, or all with each other", ("layer", "global"))
+    pattern: str = option("unstructured", "single weights; N of M in a row, such as 2:4; heads; neurons")
+    schedule: str = option("oneshot", "all at once, or more and more of them while training", ("oneshot", "cubic"))
+    calibrate: int = option(256, "training examples that wanda and gradient look at", low=1)
+    first: float = option(0.0, "the sparsity from which a cubic schedule begins", flag=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sparsity >= 1:
+            raise UserError(f"--sparsity {self.sparsity}: must be below 1, something has to stay")
+        groups = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        if not groups and self.pattern not in ("unstructured", "heads", "neurons"):
+            raise UserError(f"--pattern {self.pattern}: choose one of unstructured, heads, neurons, or N:M such as 2:4")
+        if groups and not 0 < int(groups[1]) < int(groups[2]):
+            raise UserError(f"--pattern {self.pattern}: N of M weights stay, with 0 < N < M")
+        units = self.pattern in ("heads", "neurons")
+        if units and (self.method == "wanda" or self.schedule == "cubic"):
+            wrong = "--method wanda" if self.method == "wanda" else "--schedule cubic"
+            raise UserError(f"{wrong}: for single weights; heads and neurons go at once (repeat the command for steps)")
+        if not units and self.method == "gradient":
+            raise UserError("--method gradient: for --pattern heads or neurons")
+        if self.method == "wanda" and (self.scope == "global" or self.schedule == "cubic"):
+            wrong = "--scope global" if self.scope == "global" else "--schedule cubic"
+            raise UserError(f"--method wanda with {wrong}: it compares the inputs of one output, once")
+        if groups and (self.scope == "global" or self.schedule == "cubic"):
+            wrong = "--scope global" if self.scope == "global" else "--schedule cubic"
+            raise UserError(f"--pattern {self.pattern} with {wrong}: it compares the weights of a group, once")
+
+
+@dataclass
+class QuantConfig(Checked):
+    """Int8 weights, and how what is multiplied with them is quantized."""
+
+    scheme: str = option(
+        "dynamic",
+        "scales of each token when it comes; fixed beforehand; fixed, then trained with the weights",
+        ("dynamic", "static", "qat"),
+    )
+    observer: str = option("minmax", "how static and qat find the fixed ranges", ("minmax", "ema", "percentile", "mse"))
+    calibrate: int = option(256, "training examples that static and qat look at for it", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scheme != "dynamic" and not self.calibrate:
+            raise UserError(f"--calibrate 0: --scheme {self.scheme} needs examples to find its ranges")
+
+
+@dataclass
+class ReduceConfig(Checked):
+    """Which layers a model keeps."""
+
+    keep: str = option("", "the layers that stay, counted from 0, such as 0,2,4,7,9,11")
+    layers: int = option(0, "or how many", low=0)
+    by: str = option(
+        "uniform",
+        "and which so many: evenly spread; the first; the last; those that change their input most",
+        ("uniform", "first", "last", "influence"),
+    )
+    calibrate: int = option(256, "training examples that influence looks at", low=1)
+
+
 TASK_CONFIGS = {"mlm": MLMConfig, "classify": ClassifyConfig, "qa": QAConfig}  # the flags of one task only
 
 
@@ -204,7 +285,7 @@ class OptimConfig(Checked):
 class TrainConfig(Checked):
     """The loop. log_every, sample_every, checkpoint_every, keep and accumulation may change when a run goes on."""
 
-    steps: int = option(1000, "optimizer steps", low=1)
+    steps: int = option(1000, "optimizer steps", low=0)
     epochs: float = option(0.0, "passes over the training data, instead of --steps", low=0)
     batch_size: int = option(16, "global batch in sequences, over all ranks and accumulated parts", low=1)
     accumulation: int = option(1, "parts into which each rank cuts its share of the batch", low=1, resume=True)
@@ -339,7 +420,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict, without: set[str]) -> None:
-    """One flag for each field of a dataclass, in a group of its own, its default shown."""
+    """One flag for each field of a dataclass but those `without`, in a group of its own, its default shown."""
     title = cls.__name__.removesuffix("Config").removesuffix("Options").lower()
     group = parser.add_argument_group(title, cls.__doc__.splitlines()[0])
     for f in dataclasses.fields(cls):
@@ -379,6 +460,7 @@ def parse_flags(
     """Reads a command line into dataclasses: the fields' defaults < preset < defaults < flags.
 
     presets: those of --preset, the first of them its default. without: fields that are no flags of this command.
+    Where two classes have a field of the same name, the first of them has the flag.
 
     Returns ([one object for each class], the names of the flags that were given).
     Raises UserError for anything unknown or misspelt, naming the nearest flag.
@@ -391,17 +473,19 @@ def parse_flags(
         if name not in presets:
             raise UserError(f"unknown preset {name}{nearest(name, presets)}: choose one of {names}")
         defaults = presets[name] | defaults
+    flags = [(f.name, cls) for cls in classes for f in dataclasses.fields(cls) if f.metadata.get("flag", True)]
+    owners = {name: cls for name, cls in reversed(flags) if name not in without}
     for cls in classes:
-        add_flags(parser, cls, defaults, without)
+        add_flags(parser, cls, defaults, {name for name in field_names(cls) if owners.get(name) is not cls})
     known, unknown = parser.parse_known_args(argv)
     parser.refuse_unknown(unknown)
 
     given = {name: text for name, text in vars(known).items() if name != "preset"}
     objects = []
     for cls in classes:
-        values = {name: value for name, value in defaults.items() if name in field_names(cls)}
+        values = {n: v for n, v in defaults.items() if n in field_names(cls) and owners.get(n, cls) is cls}
         for f in dataclasses.fields(cls):
-            if f.name in given:
+            if f.name in given and owners[f.name] is cls:
                 values[f.name] = parse_value(f.name, given[f.name], f.type)
         objects.append(cls(**values))
     return objects, set(given)

@@ -195,6 +195,7 @@ class LMWindows:
 
     def __init__(self, train: TokenFile, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int):
         self.train, self.valid, self.max_len, self.seed = train.tokens, valid.tokens, max_len, seed
+        self.checksum = f"{train.sha256}-{valid.sha256}"
         self.byte_lengths = tokenizer.byte_lengths
         self.n = (len(self.train) - 1) // max_len
         if self.n < 1:
@@ -240,6 +241,7 @@ class MaskedSentences:
                  options: MLMConfig):  # fmt: skip
         self.train, self.valid = Sentences(train, tokenizer), Sentences(valid, tokenizer)
         self.tokenizer, self.max_len, self.seed, self.options = tokenizer, max_len, seed, options
+        self.checksum = f"{train.sha256}-{valid.sha256}"
         if not len(self.valid.starts):
             raise UserError("the validation text has no tokens: give more text or a larger --valid_fraction")
         self.room = max_len - (3 if options.nsp else 2)  # for text, beside [CLS] and [SEP]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mini.config import ModelConfig, UserError
 from mini.storage import load_published, load_weights, read_json, settings_of
-from mini.transformer import KVCache, Linear, Transformer, init_weights, vocabulary_logits
+from mini.transformer import KVCache, Linear, Transformer, count_weights, init_weights, vocabulary_logits
 
 
 class GPT(nn.Module):
@@ -34,6 +34,8 @@ class GPT(nn.Module):
         if config.n_classes:
             self.classifier = nn.Linear(config.d_model, config.n_classes)
             init_weights(self.classifier)
+            if not config.tied:
+                self.head.requires_grad_(False)  # a classifier predicts no tokens
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V): position t scores token t + 1."""
@@ -49,13 +51,15 @@ class GPT(nn.Module):
         The last real token is the one that has seen the whole text (Radford et al. 2018, §3.2). segments are taken
         as by Bert.classify, and not looked at: the tokens between two texts tell a GPT where the second begins.
         """
-        hidden = self.stack(tokens)  # (B, T, C)
+        real = torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]  # (B, T)
+        hidden = self.stack(tokens, padding=real)  # (B, T, C)
         last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, C)
         return self.classifier(last)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Summed next-token cross-entropy in nats; targets (B, T), -100 where nothing is to be predicted."""
-        logits = self(tokens).float()  # (B, T, V)
+        real = (targets >= 0).int().flip(1).cummax(dim=1).values.flip(1).bool()  # (B, T): up to a row's last target
+        logits = self.logits(self.stack(tokens, padding=real)).float()  # (B, T, V)
         return {"loss": F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")}
 
     # ------------------------------------------------------------ generation
@@ -128,7 +132,7 @@ class GPT(nn.Module):
         step, cache = self._step, None
         if use_cache and longest < max_len:
             slots = min(max_len, longest + max_new_tokens)
-            cache = KVCache(self.config, B, slots, device, self.head.weight.dtype)
+            cache = KVCache(self.config, B, slots, device, self.stack.norm.weight.dtype)
             if compile:  # one shape for all steps
                 step = torch.compile(self._step)
 
@@ -172,7 +176,7 @@ class GPT(nn.Module):
     def num_params(self) -> int:
         """Parameters, without the rows that vocab_multiple adds."""
         extra = (self.stack.tokens.num_embeddings - self.config.vocab_size) * self.config.d_model
-        return sum(p.numel() for p in self.parameters()) - extra * (1 if self.config.tied else 2)
+        return count_weights(self) - extra * (1 if self.config.tied else 2)
 
     # ------------------------------------------------------------ published weights
     @classmethod

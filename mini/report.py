@@ -57,7 +57,7 @@ class Speedometer:
         return self.figures(state["tokens"] - last["tokens"], state["train_seconds"] - last["train_seconds"])
 
     def overall(self, state: dict) -> dict:
-        return self.figures(state["tokens"], state["train_seconds"])
+        return self.figures(state["tokens"], state["train_seconds"]) if state["tokens"] else {}
 
     def figures(self, tokens: int, seconds: float) -> dict:
         rate = tokens / seconds

@@ -22,8 +22,20 @@ from typing import IO
 import torch
 from torch import nn
 
+from mini import prune, quant
 from mini.bert import Bert
-from mini.config import TASK_CONFIGS, DataConfig, ModelConfig, OptimConfig, TrainConfig, UserError, from_dict
+from mini.config import (
+    TASK_CONFIGS,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    PruneConfig,
+    QuantConfig,
+    ReduceConfig,
+    TrainConfig,
+    UserError,
+    from_dict,
+)
 from mini.gpt import GPT
 from mini.storage import (
     atomic_folder,
@@ -63,6 +75,9 @@ class RunConfig:
     init: str | None = None  # the run or published folder that the weights started from
     labels: list[str] = field(default_factory=list)  # of a classifier
     tokens: str = ""  # checksum of the training and validation tokens
+    prune: PruneConfig | None = None  # what compress.py has done to the weights of init
+    reduce: ReduceConfig | None = None
+    quant: QuantConfig | None = None  # in what form the matrices are
 
     def save(self, folder: str | Path) -> None:
         write_json(Path(folder) / "config.json", {"format": FORMAT, **dataclasses.asdict(self)})
@@ -78,8 +93,9 @@ def read_config(folder: str | Path) -> RunConfig:
     if values.pop("format", None) != FORMAT:
         raise UserError(f"{path}: not written by this version of mini")
     parts = dict(model=ModelConfig, data=DataConfig, optim=OptimConfig, train=TrainConfig)
-    if values.get("task_options"):
-        parts["task_options"] = TASK_CONFIGS.get(values.get("task"))
+    optional = dict(task_options=TASK_CONFIGS.get(values.get("task")), prune=PruneConfig, reduce=ReduceConfig,
+                    quant=QuantConfig)  # fmt: skip
+    parts |= {name: cls for name, cls in optional.items() if values.get(name)}
     with settings_of("run", path):
         return from_dict(RunConfig, values | {name: from_dict(cls, values[name]) for name, cls in parts.items()})
 
@@ -109,8 +125,13 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
         model = MODELS[published_kind(folder)].from_published(folder)
     else:
         config = read_config(folder)
-        model = build(config)
-        load_weights(model, load_tensors(newest_weights(folder)), folder)
+        model, path = build(config), newest_weights(folder)
+        tensors = prune.unpack(model, load_tensors(path), path)
+        if config.quant:
+            quant.prepare(model, config.quant)
+            if path.parent == folder:  # a checkpoint holds what still learns
+                quant.convert(model)
+        load_weights(model, tensors, folder)
     if kind and model.kind != kind:
         raise UserError(f"{folder} holds a {model.kind.upper()}, but this needs a {kind.upper()}")
     return model.eval()
@@ -148,12 +169,26 @@ def newest_weights(folder: Path) -> Path:
     return checkpoint / "model.safetensors"
 
 
+def save_model(model: nn.Module, folder: Path) -> int:
+    """The final weights in the form that is served: int8, and of masked matrices only what stays. Returns the bytes."""
+    model.cpu()
+    if quant.is_prepared(model):
+        quant.convert(model)
+    save_tensors(folder / "model.safetensors", prune.pack(weights(model)))
+    return (folder / "model.safetensors").stat().st_size
+
+
 def start_from(model: nn.Module, start: nn.Module, where: str | Path, keep_classes: bool) -> None:
-    """Copies the weights of another run: its whole stack, and of its heads those that the model has too.
+    """Copies the weights of another run: its whole stack, and of its heads those that the model has too; with masks.
 
     Other heads keep their fresh weights, and without keep_classes so does one for classes. A shorter max_len takes
     the first of the learned positions.
     """
+    if quant.is_int8(start):
+        quant.restore(start)
+    masks = {name: mask for name, mask in prune.masks_of(start).items() if name in weights(model)}
+    if masks:
+        model.masks = prune.Masks(masks)
     found = weights(start)
     for name, fresh in weights(model).items():
         if name.startswith("classifier.") and not keep_classes:
@@ -164,6 +199,11 @@ def start_from(model: nn.Module, start: nn.Module, where: str | Path, keep_class
             found[name] = found[name][: len(fresh)]
     mine = weights(model)
     load_weights(model, {n: t for n, t in found.items() if n in mine or n.startswith("stack.")}, where)
+
+
+def read_quant(folder: str | Path) -> QuantConfig | None:
+    """How a run's matrices are quantized; None where they are not."""
+    return None if is_published(folder) else read_config(folder).quant
 
 
 def read_labels(folder: str | Path) -> list[str]:
@@ -188,6 +228,8 @@ def start_run(
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name another folder with --out")
+    if config.init and Path(config.init).resolve() == folder.resolve():
+        raise UserError(f"{folder}: --out is the run to start from, which stays; name another folder")
     locked = lock(folder) if main else None
     if overwrite and main and folder.exists() and any(folder.iterdir()):
         read_config(folder)  # only a run is ever deleted
@@ -237,17 +279,18 @@ def read_result(folder: Path) -> dict | None:
 
 def compare(old: RunConfig, new: RunConfig) -> list[str]:
     """'lr was 0.02, now 0.01' for everything that differs and would change the result."""
-    free = {f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get("resume")}
+    free = {f"train.{f.name}" for f in dataclasses.fields(TrainConfig) if f.metadata.get("resume")}
     before, now = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
     names = sorted(name for name in before | now if before.get(name) != now.get(name) and name not in free)
-    changes = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in names if name != "tokens"]
+    short = {name: name.rpartition(".")[2] for name in names}
+    changes = [f"{short[name]} was {before.get(name)}, now {now.get(name)}" for name in names if name != "tokens"]
     return changes + (["the training text is another"] if "tokens" in names else [])
 
 
-def flatten(values: dict) -> dict:
+def flatten(values: dict, prefix: str = "") -> dict:
     flat = {}
     for name, value in values.items():
-        flat |= flatten(value) if isinstance(value, dict) else {name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 

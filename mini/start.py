@@ -3,28 +3,35 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Callable, Iterable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from mini import runs
+from mini import quant, runs, tasks
 from mini.config import (
     TASK_CONFIGS,
+    CompressOptions,
     DataConfig,
     ModelConfig,
     OptimConfig,
+    PruneConfig,
+    QuantConfig,
+    ReduceConfig,
     RunOptions,
     TrainConfig,
     UserError,
+    field_names,
     nearest,
     parse_flags,
     peek,
 )
-from mini.data import init_tokenizer
+from mini.data import LMWindows, MaskedSentences, init_tokenizer, prepare_tokens
 from mini.devices import World
+from mini.labelled import LabelledTexts, PromptAnswers, column_texts
+from mini.squad import QuestionAnswers, squad_texts
 from mini.tokenizer import Tokenizer, make_tokenizer
 from mini.train import part_size, train
 
@@ -32,6 +39,9 @@ FINETUNE = dict(
     optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,
     epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
 )  # fmt: skip
+# Training after compression: its learning rates are this share of the run's own, and fall to zero.
+HEAL_LR = 0.3
+HEAL = dict(steps=0, epochs=0.0, warmup=0.05, eval_every=0, sample_every=0, checkpoint_every=250)
 # What a run to start from has settled.
 SHAPE = {"n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_ff", "vocab_size", "activation", "tied", "bias",
          "n_segments"}  # fmt: skip
@@ -52,6 +62,9 @@ class Settings:
     start: nn.Module | None = None  # the model of --init
     tokenizer: Tokenizer | None = None  # its tokenizer
     labels: list[str] = dataclasses.field(default_factory=list)  # its classes
+    quant: QuantConfig | None = None  # the form of its matrices
+    prune: PruneConfig | None = None  # what compress.py is to do with it
+    reduce: ReduceConfig | None = None
 
 
 def read_settings(
@@ -81,6 +94,8 @@ def read_settings(
     if task == tasks[0] and settings.data.train:
         raise UserError(f"--train is a file to fine-tune on; --task {task} reads --data")
     if "steps" in given:
+        if not settings.train.steps:
+            raise UserError("--steps 0: must be at least 1")
         if settings.train.epochs and "epochs" in given:
             raise UserError("--steps and --epochs: give one of them")
         settings.train.epochs = 0.0
@@ -92,6 +107,7 @@ def read_settings(
 def open_start(settings: Settings, init: str, special: tuple[str, ...]) -> None:
     """A run to start from brings its model's shape and its tokenizer; flags that were given change the rest."""
     settings.start, settings.labels = runs.load_model(init, settings.kind), runs.read_labels(init)
+    settings.quant = runs.read_quant(init)
     shape = settings.start.config
     spec = settings.data.tokenizer if "tokenizer" in settings.given else None
     settings.tokenizer = init_tokenizer(init, spec, special)
@@ -104,6 +120,62 @@ def open_start(settings: Settings, init: str, special: tuple[str, ...]) -> None:
     settings.model = dataclasses.replace(shape, **flags)
 
 
+def open_run(source: str, tokenizer: str | None = None) -> Settings:
+    """A run as it is, or published weights: the model, and what it was trained with and is judged by.
+
+    tokenizer: which, for published weights that come without one.
+    """
+    model, published = runs.load_model(source), runs.is_published(source)
+    saved = published_config(model) if published else runs.read_config(source)
+    settings = Settings(
+        saved.kind, RunOptions(saved.task, source), model.config, saved.data, saved.optim, saved.train,
+        saved.task_options, set(), model, init_tokenizer(source, tokenizer),
+    )  # fmt: skip
+    runs.check_vocabulary(settings.model, settings.tokenizer, source)
+    settings.labels, settings.quant = runs.read_labels(source), saved.quant
+    return settings
+
+
+def read_compression(argv: list[str], name: str, description: str, recipe: type) -> Settings:
+    """Reads `RUN --out RUN2 ...` of compress.py into Settings, `name` the field for the recipe of that class.
+
+    Data and optimizer are those of the run, unless flags say otherwise; --steps is 0 without one.
+    """
+    source = next((word for word in argv[:1] if not word.startswith("-")), None)
+    # Without a source: --help, or a RUN that is missing.
+    settings = open_run(source, peek(argv, "tokenizer", None)) if source else None
+    parts = [settings.data, settings.optim, settings.train] if source else [DataConfig(), OptimConfig(), TrainConfig()]
+    defaults = {f: v for part in parts for f, v in dataclasses.asdict(part).items()}
+    defaults |= HEAL | {f: HEAL_LR * defaults[f] for f in ("lr", "embed_lr", "head_lr")}
+    defaults = {f: v for f, v in defaults.items() if f not in field_names(recipe)}
+    (options, chosen, *parts), given = parse_flags(
+        argv, [CompressOptions, recipe, *map(type, parts)], description, **defaults
+    )
+    if source != options.run:
+        raise UserError(f"the run comes first: {sys.argv[0]} {options.run} ...")
+    if not options.out:
+        raise UserError("name the run folder to make with --out")
+    settings.data, settings.optim, settings.train = parts
+    settings.optim.schedule = "linear"  # to zero, whatever shape the run's own training had
+    settings.run.out, settings.run.overwrite, settings.given = options.out, options.overwrite, given
+    setattr(settings, name, chosen)
+    return settings
+
+
+def published_config(model: nn.Module) -> runs.RunConfig:
+    """What published weights can be judged by, and trained for."""
+    config = model.config
+    heads = {"classify": config.n_classes, "qa": config.spans, "mlm": config.mlm, "lm": model.kind == "gpt"}
+    task = next((name for name, has in heads.items() if has), None)
+    if task is None:
+        raise UserError("these weights have no head, so nothing tells how good they are: fine-tune them first")
+    options = TASK_CONFIGS[task]() if task in TASK_CONFIGS else None
+    if task == "mlm":
+        options.nsp = config.nsp
+    optim, training = OptimConfig(**{k: FINETUNE[k] for k in ("optimizer", "lr", "weight_decay")}), TrainConfig()
+    return runs.RunConfig(model.kind, task, config, DataConfig(), optim, training, options)
+
+
 def make_world(options: TrainConfig) -> World:
     """The processes and their device; refuses a batch that cannot be shared out, before any work is done."""
     world = World(options.device)
@@ -111,22 +183,44 @@ def make_world(options: TrainConfig) -> World:
     return world
 
 
-def need_files(settings: Settings) -> None:
-    if not settings.data.train or not settings.data.valid:
-        raise UserError(f"--task {settings.run.task} needs --train FILE and --valid FILE")
+def open_task(settings: Settings, world: World, special: tuple[str, ...] = ()) -> tuple:
+    """Text -> tokens -> the examples of each step, with the loss and the figures they are for: (task, tokenizer).
+
+    The tokenizer is that of --init, or without one that of --tokenizer; a BPE is trained on the texts to learn from.
+    """
+    name, data, model, options = settings.run.task, settings.data, settings.model, settings.task_options
+    tokenizer = settings.tokenizer
+    if name in ("lm", "mlm"):
+        folder, tokenizer = world.main_first(
+            lambda: prepare_tokens(data, model.vocab_size, tokenizer, settings.given, special)
+        )
+        common = folder.train, folder.valid, tokenizer, model.max_len, settings.train.seed
+        if name == "lm":
+            return tasks.LanguageModelling(LMWindows(*common), tokenizer), tokenizer
+        return tasks.MaskedLanguageModelling(MaskedSentences(*common, options), tokenizer), tokenizer
+
+    if name == "qa" and not data.train and not data.valid:
+        data.train = data.valid = "python-docs"
+    if not data.train or not data.valid:
+        raise UserError(f"--task {name} needs --train FILE and --valid FILE")
+    texts = {
+        "classify": lambda: column_texts(data.train, ["text"], ("text_b",)),
+        "pairs": lambda: column_texts(data.train, ["prompt", "answer"]),
+        "qa": lambda: squad_texts(data.train),
+    }[name]
+    if not tokenizer:
+        tokenizer = make_tokenizer(data.tokenizer, texts, model.vocab_size, special)
+    common = data.train, data.valid, tokenizer, model.max_len, settings.train.seed, settings.train.batch_size
+    if name == "classify":
+        return tasks.Classification(LabelledTexts(*common, options)), tokenizer
+    if name == "qa":
+        return tasks.QuestionAnswering(QuestionAnswers(*common, options)), tokenizer
+    return tasks.Answering(PromptAnswers(*common), tokenizer), tokenizer
 
 
-def fine_tuning_tokenizer(
-    settings: Settings, texts: Callable[[], Iterable[str]], special: tuple[str, ...] = ()
-) -> Tokenizer:
-    """That of --init, or without one that of --tokenizer; a BPE is trained on the texts to learn from."""
-    if settings.tokenizer:
-        return settings.tokenizer
-    return make_tokenizer(settings.data.tokenizer, texts, settings.model.vocab_size, special)
-
-
-def make_model(settings: Settings, tokenizer: Tokenizer, labels: list[str], **heads) -> nn.Module:
+def make_model(settings: Settings, task, tokenizer: Tokenizer, **heads) -> nn.Module:
     """The model with these heads, its weights fresh from the seed or those of --init."""
+    labels = task.labels
     heads["n_classes"] = len(labels)
     if not settings.start:
         heads["vocab_size"] = tokenizer.vocab_size
@@ -134,17 +228,20 @@ def make_model(settings: Settings, tokenizer: Tokenizer, labels: list[str], **he
     runs.check_vocabulary(settings.model, tokenizer, settings.run.init or settings.data.tokenizer)
     torch.manual_seed(settings.train.seed)
     model = runs.MODELS[settings.kind](settings.model)
+    if settings.quant:
+        quant.prepare(model, settings.quant)
     if settings.start:
         runs.start_from(model, settings.start, settings.run.init, keep_classes=labels == settings.labels)
     return model
 
 
-def run(settings: Settings, model: nn.Module, task, tokenizer: Tokenizer, tokens: str, labels: list[str], world: World):
-    """Trains in the run folder, new or going on, and says how it went. tokens: checksum of what is learnt from."""
+def run(settings: Settings, model: nn.Module, task, tokenizer: Tokenizer, world: World) -> None:
+    """Trains in the run folder, new or going on, and says how it went."""
     s = settings
     config = runs.RunConfig(
-        s.kind, s.run.task, s.model, s.data, s.optim, s.train, s.task_options, s.run.init, labels, tokens
-    )
+        s.kind, s.run.task, s.model, s.data, s.optim, s.train, s.task_options, s.run.init, list(task.labels),
+        task.data.checksum, s.prune, s.reduce, s.quant,
+    )  # fmt: skip
     out = Path(s.run.out)
     locked = world.main_first(lambda: runs.start_run(out, config, tokenizer, s.run.overwrite, world.main))
     result = runs.read_result(out)
@@ -182,8 +279,14 @@ def epilogue(task, result: dict) -> str:
     lines = [*task.summary(result)]
     if "best_step" in result:
         lines.append(f"These are the figures, and the weights, of step {result['best_step']:,}: the best {task.best}")
-    lines.append(f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s")
-    lines[-1] += f" ({result['tokens_per_s']:,.0f} tokens/s while training"
-    if "mfu" in result:
-        lines[-1] += f", {result['mfu']:.0%} of this device's {result['dtype']} matmul speed"
-    return "\n".join(lines) + ")"
+    if "sparsity" in result:
+        lines.append(f"{result['sparsity']:.2%} of the prunable weights are zero")
+    if "bytes" in result:
+        lines.append(f"{result['parameters']:,} parameters in {result['bytes']:,} bytes")
+    if result["steps"]:
+        share = f", {result['mfu']:.0%} of this device's {result['dtype']} matmul speed" if "mfu" in result else ""
+        lines.append(
+            f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s "
+            f"({result['tokens_per_s']:,.0f} tokens/s while training{share})"
+        )
+    return "\n".join(lines)

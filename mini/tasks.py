@@ -2,6 +2,7 @@
 
 A task has
     data                    batch(indices), validation(batch_size), and n, the number of training examples
+    labels                  of a classifier, else none
     fixed_shape             whether every batch has the same shape, and next to no padding
     best                    the validation figure whose best weights are kept, or None to keep the last
     loss(model, inputs)     {name: summed loss}; the loop divides by Batch.counts[name]
@@ -31,6 +32,7 @@ class LanguageModelling:
     """Predict the next token of running text."""
 
     fixed_shape, best, command = True, None, "sample"
+    labels: tuple[str, ...] = ()
 
     def __init__(self, data: LMWindows | PromptAnswers, tokenizer: Tokenizer):
         self.data, self.tokenizer = data, tokenizer
@@ -91,6 +93,7 @@ class MaskedLanguageModelling:
     """
 
     fixed_shape, best, command = True, None, "fill"
+    labels: tuple[str, ...] = ()
 
     def __init__(self, data: MaskedSentences, tokenizer: Tokenizer):
         self.data, self.tokenizer = data, tokenizer
@@ -191,7 +194,7 @@ class Classification:
     fixed_shape, best, command = False, "accuracy", "classify"
 
     def __init__(self, data: LabelledTexts):
-        self.data = data
+        self.data, self.labels = data, data.labels
 
     def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = dict(inputs)
@@ -238,6 +241,7 @@ class QuestionAnswering:
     """Find the answer to a question in a text: its first and its last token."""
 
     fixed_shape, best, command = False, "f1", "answer"
+    labels: tuple[str, ...] = ()
 
     def __init__(self, data: QuestionAnswers):
         self.data = data

@@ -51,10 +51,6 @@ class TokenFolder:
     valid: TokenFile
     meta: dict  # meta.json
 
-    @property
-    def checksum(self) -> str:
-        return f"{self.train.sha256}-{self.valid.sha256}"
-
 
 def is_token_folder(path: str | Path) -> bool:
     return (Path(path) / "meta.json").is_file() and (Path(path) / "train.tokens").is_file()

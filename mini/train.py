@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mini import runs
+from mini import prune, runs
 from mini.config import TrainConfig, UserError
 from mini.data import mix
 from mini.devices import World, can_compile, keep_memory, pick_dtype
@@ -96,6 +96,7 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             done, last = step + 1, step + 1 == steps
+            prune.follow(model, config.prune, options.seed, done, steps)
             state |= {"step": done, "tokens": state["tokens"] + n_tokens}
             state["train_seconds"] += time.perf_counter() - clock
             bar.update()
@@ -113,7 +114,7 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
                         raise diverged(done, f"the validation loss is {figures['val_loss']}", done, folder)
                     row |= {name: value for name, value in figures.items() if isinstance(value, float)}
                     world.say(f"step {done:>{len(str(steps))}}: " + describe(figures))
-                    if task.best:
+                    if task.best and done >= prune.ramp_end(config.prune, steps):
                         keep_best(state, figures, task.best, model, folder, world)
                 if world.main:
                     runs.append_metrics(folder, row)
@@ -129,6 +130,9 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
                 world.leave()
                 raise SystemExit(128 + stop)
 
+    if not steps:  # a run that is only judged
+        figures = state["best"] = evaluate(model, task, world, dtype, part)
+        world.say(describe(figures))
     result = {
         **(state["best"] if task.best else figures),
         "steps": steps,
@@ -139,8 +143,10 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
         "device": str(world.device),
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if prune.masks_of(model):
+        result["sparsity"] = prune.sparsity(model)
     if world.main:
-        finish(model, task, result, folder)
+        finish(model, result, folder, config)
     return result
 
 
@@ -159,11 +165,13 @@ def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> di
     return state
 
 
-def finish(model: nn.Module, task, result: dict, folder: Path) -> None:
+def finish(model: nn.Module, result: dict, folder: Path, config: RunConfig) -> None:
     """Writes the final weights, the picture, and last result.json, with which the run counts as finished."""
-    if task.best:
-        load_weights(model, load_tensors(folder / "best.safetensors"), folder)
-    save_tensors(folder / "model.safetensors", weights(model))
+    if (best := folder / "best.safetensors").exists():
+        load_weights(model, load_tensors(best), folder)
+    size = runs.save_model(model, folder)
+    if config.prune or config.reduce or config.quant:
+        result["bytes"] = size
     plot_metrics(runs.read_metrics(folder), folder / "loss.png")
     write_json(folder / "result.json", result)
     (folder / "best.safetensors").unlink(missing_ok=True)

@@ -270,8 +270,8 @@ class Transformer(nn.Module):
         """tokens (B, T) int64 -> (B, T, C).
 
         segments (B, T): the text each token belongs to, 0 for all if it is not given.
-        padding (B, T): True where a token is real (a decoder that pads at the right needs none: no real token
-        looks there). positions (B, T) and cache: the tokens' places and the ones before them, for generation.
+        padding (B, T): True where a token is real; a decoder pads at the right, where no real token looks.
+        positions (B, T) and cache: the tokens' places and the ones before them, for generation.
         """
         T = tokens.size(1)
         if T > self.config.max_len:
@@ -295,10 +295,8 @@ class Transformer(nn.Module):
         if cache is not None:  # (B, 1, T, S): a token sees the slots up to its own
             slots = torch.arange(cache.length, device=tokens.device)
             mask = (slots <= positions[:, :, None])[:, None]
-        elif padding is not None:
+        elif padding is not None and not self.config.causal:
             mask = padding[:, None, None, :]  # (B, 1, 1, S): nobody looks at padding
-            if self.config.causal:
-                mask = mask & torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()  # (B, 1, T, S)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 x = recompute_later(block, x, mask, rope, positions, cache, use_reentrant=False)
@@ -311,6 +309,12 @@ def vocabulary_logits(scores: Tensor, config: ModelConfig) -> Tensor:
     """(..., rows of the embedding) -> (..., V): without the rows of vocab_multiple; capped if so configured."""
     scores = scores[..., : config.vocab_size]
     return config.logit_softcap * torch.tanh(scores / config.logit_softcap) if config.logit_softcap else scores
+
+
+def count_weights(model: nn.Module) -> int:
+    """Parameters, those of tied matrices once, and what int8 layers have in their place."""
+    matrices = {id(b): b.numel() for b in model.buffers() if b.dtype == torch.int8}
+    return sum(p.numel() for p in model.parameters()) + sum(matrices.values())
 
 
 def init_weights(module: nn.Module) -> None:

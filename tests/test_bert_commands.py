@@ -273,6 +273,7 @@ def test_wrong_answers_are_counted(run, squad_file, command, tmp_path):
     "flags, message",
     [
         (["--task", "classfy"], "--task classfy: choose one of mlm, classify, qa (did you mean classify?)"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--task", "classify"], "--task classify needs --train FILE and --valid FILE"),
         (["--task", "qa", "--whole_word", "true"], "unknown flag --whole_word"),
         (["--init", FIXTURE, "--d_model", "64"], "--d_model 64"),

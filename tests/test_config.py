@@ -51,7 +51,7 @@ def test_kinds_of_values():
         (["--d_model", "30", "--n_heads", "4"], "--d_model 30 is not divisible by --n_heads 4"),
         (["--n_heads", "4,4"], "--n_heads lists 2 values for 6 layers"),
         (["--dropout", "1"], "--dropout 1.0"),
-        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--valid_fraction", "1"], "--valid_fraction 1.0"),
         (["--lr"], "--lr: expected one argument"),
         (["stray"], "unexpected argument 'stray'"),

@@ -1,0 +1,136 @@
+"""Make a run smaller: prune, quantize or reduce it; each writes a run that every other command opens."""
+
+import sys
+
+import numpy as np
+import torch
+
+from mini import compare, prune, quant
+from mini.config import PruneConfig, QuantConfig, ReduceConfig, UserError, nearest, parse_flags, run_command
+from mini.start import Settings, make_world, open_task, read_compression, run
+
+CALIBRATION_BATCH = 32
+
+
+def prune_run(argv: list[str]) -> None:
+    """Take weights, heads or neurons out of a run, and train what stays for --steps."""
+    s = read_compression(argv, "prune", prune_run.__doc__, PruneConfig)
+    options, part, model = s.prune, s.prune.pattern, s.start
+    if s.quant:
+        raise UserError(f"{s.run.init} is quantized: prune first, then quantize")
+    if part in prune.JOINS:
+        prune.check_units(model, part, options)
+    options.first = prune.sparsity(model)
+    if part not in prune.JOINS and options.sparsity < options.first:
+        raise UserError(f"--sparsity {options.sparsity}: {s.run.init} has {options.first:.4g} already")
+    world = make_world(s.train)
+    task, tokenizer = open_task(s, world)
+    model.to(world.device)
+    batches = calibration(task, options.calibrate) if options.method in ("wanda", "gradient") else []
+    if part in prune.JOINS:
+        s.start = prune.without_units(
+            model, part, prune.choose_units(model, part, options, s.train.seed, task, batches)
+        )
+    elif options.schedule == "oneshot" or not s.train.steps:
+        prune.prune(model, options, options.sparsity, s.train.seed, task, batches)
+    else:
+        prune.prune(model, options, options.first, s.train.seed)
+    finish(s, task, tokenizer, world)
+
+
+def quantize_run(argv: list[str]) -> None:
+    """Give a run int8 matrices; --scheme qat, or --steps with any, trains them in that form."""
+    s = read_compression(argv, "quant", quantize_run.__doc__, QuantConfig)
+    if quant.is_int8(s.start):
+        raise UserError(f"{s.run.init} is quantized already: start from the run it was made of")
+    world = make_world(s.train)
+    task, tokenizer = open_task(s, world)
+    s.start.to(world.device)
+    ranges = None
+    if s.quant.scheme != "dynamic":
+        ranges = quant.calibrate(s.start, s.quant.observer, task, calibration(task, s.quant.calibrate))
+    quant.prepare(s.start, s.quant, ranges)
+    finish(s, task, tokenizer, world)
+
+
+def reduce_run(argv: list[str]) -> None:
+    """Keep some of a run's layers, and train them for --steps."""
+    s = read_compression(argv, "reduce", reduce_run.__doc__, ReduceConfig)
+    keep = chosen_layers(s)
+    world = make_world(s.train)
+    task, tokenizer = open_task(s, world)
+    if keep is None:
+        s.start.to(world.device)
+        values = prune.influence(s.start, task, calibration(task, s.reduce.calibrate))
+        world.say("Block influence: " + ", ".join(f"{i}: {value:.4f}" for i, value in enumerate(values)))
+        order = sorted(range(len(values)), key=lambda i: -values[i])
+        keep = sorted(order[: s.reduce.layers])
+    s.start = prune.without_layers(s.start, keep)
+    world.say(f"Layers kept: {', '.join(map(str, keep))}")
+    finish(s, task, tokenizer, world)
+
+
+def chosen_layers(s: Settings) -> list[int] | None:
+    """The layers of --keep, or of --layers and --by; None where their influence has to be measured."""
+    options, n = s.reduce, s.model.n_layers
+    if bool(options.keep) == bool(options.layers):
+        raise UserError("say which layers stay with --keep 0,2,4, or how many with --layers")
+    if s.quant:
+        raise UserError(f"{s.run.init} is quantized: reduce first, then quantize")
+    if options.layers:
+        if options.layers > n:
+            raise UserError(f"--layers {options.layers}: {s.run.init} has {n}")
+        ways = {
+            "uniform": prune.spread(options.layers, n),
+            "first": list(range(options.layers)),
+            "last": list(range(n - options.layers, n)),
+        }
+        return ways.get(options.by)
+    try:
+        keep = [int(part) for part in options.keep.split(",")]
+    except ValueError:
+        raise UserError(f"--keep {options.keep}: expected numbers of layers, such as 0,2,4") from None
+    if wrong := [i for i in keep if not 0 <= i < n]:
+        raise UserError(f"--keep {options.keep}: {s.run.init} has layers 0 to {n - 1}, and no {wrong[0]}")
+    if keep != sorted(set(keep)):
+        raise UserError(f"--keep {options.keep}: give each layer once, in rising order")
+    return keep
+
+
+def report(argv: list[str]) -> None:
+    """Measure runs and compare them: size, speed, memory, quality, and what of it is real."""
+    (options,), _ = parse_flags(argv, [compare.ReportOptions], compare.ReportOptions.__doc__)
+    compare.compare(options)
+
+
+def calibration(task, n: int) -> list:
+    """The first n training examples, in batches."""
+    n = min(n, task.data.n)
+    return [task.data.batch(np.arange(i, min(i + CALIBRATION_BATCH, n))) for i in range(0, n, CALIBRATION_BATCH)]
+
+
+def finish(s: Settings, task, tokenizer, world) -> None:
+    s.model = s.start.config
+    torch.manual_seed(s.train.seed)
+    run(s, s.start, task, tokenizer, world)
+
+
+COMMANDS = {"prune": prune_run, "quantize": quantize_run, "reduce": reduce_run, "report": report}
+USAGE = "usage: python compress.py COMMAND RUN ... --out RUN2 (COMMAND --help lists its flags)\n\n" + "\n".join(
+    f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()
+)
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    name, *rest = argv
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name}{nearest(name, COMMANDS)}: choose one of {', '.join(COMMANDS)}")
+    sys.argv[0] = f"compress.py {name}"
+    COMMANDS[name](rest)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,144 @@
+"""Runs side by side: each measured in a process of its own, one table, and a picture of size, speed and quality."""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mini import quant, runs
+from mini.config import Checked, UserError, option
+from mini.devices import pick_device
+from mini.storage import load_tensors, write_json, write_text
+
+
+@dataclass
+class ReportOptions(Checked):
+    """Measure runs and compare them with the first, which is also shown in bfloat16 and by torch's own int8."""
+
+    runs: list[str] = field(
+        default_factory=list,
+        metadata=dict(help="runs, or folders with published weights; the uncompressed one first", choices=(),
+                      positional="+"),
+    )  # fmt: skip
+    out: str = option("out/report", "the folder for report.md, report.json and, with matplotlib, report.png")
+    repeats: int = option(20, "forward passes, of which the median counts", low=1)
+    compile: bool = option(False, "run every model through torch.compile")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+
+
+def compare(options: ReportOptions) -> None:
+    """Measures, prints the table and writes it."""
+    for run in options.runs:
+        model = runs.load_model(run)
+        if run == options.runs[0] and (quant.is_int8(model) or getattr(model, "masks", None) is not None):
+            raise UserError(f"{run}: the first run is what the others are compared with; name the uncompressed one")
+    device = pick_device(options.device)
+    forms = [(options.runs[0], form) for form in ("saved", "bf16", "torch-int8")]
+    if device.type != "cpu":
+        forms.pop()  # torch's dynamic int8 is for CPUs
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "reference"
+        for run, form in tqdm([*forms, *((run, "saved") for run in options.runs[1:])], unit="model", leave=False):
+            outputs = reference if not rows else Path(folder) / "outputs"
+            row = start(run, form, outputs, options)
+            if row is None:
+                tqdm.write(f"{run} as {form}: this PyTorch does not have it")
+                continue
+            row["difference"] = difference(reference, outputs)
+            rows.append(row)
+    text = f"{heading(options, device)}\n\n{table(rows)}\n"
+    print("\n" + text)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "report.md", text)
+    write_json(out / "report.json", {"heading": heading(options, device), "rows": rows})
+    plot(rows, out / "report.png")
+    print(json.dumps({"out": str(out), "rows": len(rows)}))
+
+
+def start(run: str, form: str, outputs: Path, options: ReportOptions) -> dict | None:
+    """The figures of one row; None where this form does not exist here."""
+    command = [sys.executable, "-m", "mini.measure", run, "--form", form, "--outputs", str(outputs)]
+    command += ["--repeats", str(options.repeats), "--compile", str(options.compile), "--device", options.device]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if form == "torch-int8":
+        return None
+    reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
+    raise UserError(f"{run}: it could not be measured ({reason.removeprefix('error: ')})")
+
+
+def difference(a: Path, b: Path) -> float | None:
+    """The largest difference of two runs' outputs for the same texts; None where they are of another shape."""
+    x, y = (load_tensors(path)["outputs"] for path in (a, b))
+    return float((x - y).abs().max()) if x.shape == y.shape else None
+
+
+def heading(options: ReportOptions, device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    compiled = ", compiled" if options.compile else ""
+    return (
+        f"{device} ({name}), {torch.get_num_threads()} threads, Python {platform.python_version()}, torch "
+        f"{torch.__version__}{compiled}; p50 of {options.repeats} forward passes; (batch, tokens)"
+    )
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    first = rows[0]
+    latencies = [name for name in first if name.startswith("ms_")]
+    shapes = [f"({name[3:].replace('_', ', ')}) ms" for name in latencies]
+    judged = first["judged_by"]
+    titles = ["run", "form", "MB", "parameters", "nonzeros", *shapes, "tokens/s", "memory MB", judged, "change",
+              "largest difference", "speed"]  # fmt: skip
+    lines = [titles, ["---"] * len(titles)]
+    for row in rows:
+        quality, difference = row[judged], row["difference"]
+        lines.append(
+            [row["run"], form_name(row), f"{row['bytes'] / 1e6:.2f}", f"{row['parameters']:,}",
+             f"{row['nonzeros']:,}", *(f"{row[name]:.2f}" for name in latencies), f"{row['tokens_per_s']:,.0f}",
+             f"{row['memory_mb']:,.0f}", f"{quality:.4f}", f"{quality - first[judged]:+.4f}",
+             "-" if difference is None else f"{difference:.3g}", "real" if row["real"] else "simulated"]
+        )  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def form_name(row: dict) -> str:
+    if row["form"] != "saved":
+        return row["form"]
+    return "int8" if row["int8"] else "fp32"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Quality against size and against latency, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    judged = rows[0]["judged_by"]
+    latency = next(name for name in rows[0] if name.startswith("ms_8_"))
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    sides = [("bytes", 1e6, "MB on disk"), (latency, 1, f"ms for (8, {rows[0]['length']}) tokens")]
+    for axes, (name, unit, label) in zip(both, sides, strict=True):
+        for row in rows:
+            axes.plot(row[name] / unit, row[judged], "o" if row["real"] else "x", color="C0")
+            axes.annotate(f"{Path(row['run']).name} {form_name(row)}", (row[name] / unit, row[judged]), fontsize=7,
+                          xytext=(4, 4), textcoords="offset points")  # fmt: skip
+        axes.set(xlabel=label, xscale="log")
+        axes.grid(alpha=0.3)
+    both[0].set_ylabel(judged)
+    figure.suptitle("x: the speed is simulated")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

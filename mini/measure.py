@@ -1,0 +1,170 @@
+"""One run in one form, measured in a process of its own: what `compress.py report` starts for each row of its table."""
+
+import gc
+import json
+import resource
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mini import prune, quant
+from mini.config import Checked, option, parse_flags, run_command
+from mini.data import ENCODER_TOKENS
+from mini.devices import World, can_compile, keep_memory, pick_device
+from mini.report import synchronize
+from mini.start import open_run, open_task
+from mini.storage import save_tensors
+from mini.train import evaluate
+from mini.transformer import KVCache
+
+CONTEXT = 64  # tokens before the one that a GPT's single step adds
+
+
+@dataclass
+class MeasureOptions(Checked):
+    """Size, speed, memory and quality of a run."""
+
+    run: str = option("", "a run, or a folder with published weights", positional="1")
+    form: str = option(
+        "saved",
+        "as it is, in float32 or int8; its weights and activations in bfloat16; torch's own dynamic int8",
+        ("saved", "bf16", "torch-int8"),
+    )
+    compile: bool = option(False, "through torch.compile")
+    repeats: int = option(20, "forward passes, of which the median counts", low=1)
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    outputs: str = option("", "a file for the outputs, to be compared with those of other runs")
+    judge: bool = option(True, "compute the validation figures")
+
+
+def measure(options: MeasureOptions) -> dict:
+    keep_memory()
+    world = World(options.device)
+    empty = memory(world.device)
+    settings = open_run(options.run)
+    model = settings.start.eval()
+    figures = {"run": options.run, "form": options.form, "compiled": options.compile, **size(model, options)}
+    if options.form == "bf16":
+        model.bfloat16()
+    if options.form == "torch-int8":
+        model = torch_int8(model)
+    model.to(world.device)
+    settings.start = None
+    gc.collect()
+
+    memory(world.device)  # loading does not count
+    compiled = options.compile and can_compile(world.device, world.say)
+    with torch.inference_mode():
+        figures |= speed(model, options.repeats, compiled, world.device)
+    figures["memory_mb"] = memory(world.device) - empty
+    if options.judge:
+        task, _ = open_task(settings, world, ENCODER_TOKENS if settings.kind == "bert" else ())
+        judged = evaluate(model, task, world, torch.float32, 8)
+        figures |= {name: value for name, value in judged.items() if isinstance(value, float)}
+        figures["judged_by"] = task.best or "val_loss"
+        if options.outputs:
+            inputs = next(iter(task.data.validation(8))).to(world.device).inputs
+            with torch.inference_mode():
+                save_tensors(options.outputs, {"outputs": outputs(model, inputs).float().cpu()})
+    return figures
+
+
+def size(model: nn.Module, options: MeasureOptions) -> dict:
+    """Bytes on disk, parameters, those that are not zero; and whether the speed comes from what is stored."""
+    masks = prune.masks_of(model)
+    zeros = sum(int((~mask).sum()) for mask in masks.values())
+    n = model.num_params()
+    path = Path(options.run) / "model.safetensors"
+    stored = path.stat().st_size if path.is_file() and options.form == "saved" else {"bf16": 2}.get(options.form, 4) * n
+    real = not masks and (not quant.is_int8(model) or quant.int8_units(pick_device(options.device).type))
+    return {"bytes": stored, "parameters": n, "nonzeros": n - zeros, "real": real, "int8": quant.is_int8(model)}
+
+
+def torch_int8(model: nn.Module) -> nn.Module:
+    """torch's own dynamic quantization of the linear layers: one scale for each matrix, embeddings left alone."""
+    from torch.ao.quantization import quantize_dynamic
+
+    for name, layer in quant.matrices(model).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        quant.put(model, name, plain)
+    return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+# ---------------------------------------------------------------- speed
+def speed(model: nn.Module, repeats: int, compiled: bool, device: torch.device) -> dict:
+    """p50 latencies in ms: of (1, T) and (8, T) tokens, T = 128 or max_len, and of a GPT's next token."""
+    T = min(128, model.config.max_len)
+    figures = {"length": T}
+    if model.kind == "gpt" and not model.config.n_classes:
+        figures["ms_1_1"] = latency(single_step(model, device, compiled), repeats, device)
+    run = torch.compile(outputs, dynamic=False) if compiled else outputs
+    for batch in (1, 8):
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(model.config.vocab_size, (batch, T), generator=generator).to(device)
+        inputs = {"tokens": tokens, "lengths": torch.full((batch,), T, device=device)}
+        inputs["places"] = torch.arange(0, T, 7, device=device).expand(batch, -1)  # one in seven is masked
+        figures[f"ms_{batch}_{T}"] = ms = latency(lambda inputs=inputs: run(model, inputs), repeats, device)
+    return figures | {"tokens_per_s": 8 * T / ms * 1000}
+
+
+def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """What the model was trained for: logits of classes, spans, masked tokens, or of the token after the last."""
+    tokens, lengths, segments = inputs["tokens"], inputs.get("lengths"), inputs.get("segments")
+    if model.config.n_classes:
+        return model.classify(tokens, lengths, segments)
+    if model.kind == "gpt":
+        return model.logits(model.stack(tokens)[:, -1])
+    if model.spans is not None:
+        return torch.stack(model.find_spans(tokens, lengths, segments))
+    if model.mlm is not None:
+        return model.predict(tokens, lengths, inputs["places"], segments)[0]
+    return model.encode(tokens, lengths, segments)
+
+
+def single_step(model: nn.Module, device: torch.device, compiled: bool):
+    """A generation's step: one token after CONTEXT others, whose keys and values are kept."""
+    length = min(CONTEXT, model.config.max_len)
+    cache = KVCache(model.config, 1, length, device, model.stack.norm.weight.dtype)
+    new, positions = torch.zeros(1, 1, dtype=torch.long, device=device), torch.full((1, 1), length - 1, device=device)
+    step = torch.compile(model._step) if compiled else model._step
+    return lambda: step(new, positions, cache)
+
+
+def latency(run, repeats: int, device: torch.device) -> float:
+    """The median time of a call in ms, after a few that warm up."""
+    times = []
+    for _ in range(repeats + 3):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times[3:])
+
+
+def memory(device: torch.device) -> float:
+    """The most memory this process has held since the last call, in MB; of a GPU, what tensors take there."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 1e6
+    try:
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+        return int(status.split("VmHWM:")[1].split()[0]) / 1000
+    except (OSError, IndexError):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def main(argv: list[str]) -> None:
+    (options,), _ = parse_flags(argv, [MeasureOptions], __doc__)
+    print(json.dumps(measure(options)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,287 @@
+"""Int8: matrices and what is multiplied with them as whole numbers of 8 bits, each with a scale.
+
+    x ≈ s (q - z)        weights: z = 0, a scale s for each output, q of -127..127
+                         inputs: dynamic, z = 0 and a scale for each token, from its own largest value;
+                                 static, one s and z for all, from what an observer saw before, q of -128..127
+    y = x Wᵀ + b ≈ s_x s_w (q_x q_wᵀ - z_x Σ q_w) + b        the sum is over whole numbers, and exact
+
+(Jacob et al. 2018, §2.) Norms, softmax, biases, the residual stream and the small heads stay in floating point (Zafrir
+et al. 2019, "Q8BERT"). A layer has two forms with the same scales: FakeQuantLinear computes those whole numbers
+as floats, from weights that learn (quantization-aware training), and makes nothing faster; Int8Linear is what is
+served: the weights in a quarter of the space, multiplied by the hardware's int8 instructions where there are such.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mini.config import QuantConfig
+from mini.transformer import Linear
+from mini.watch import RealTokens, run_all, watching
+
+SMALL = ("nsp", "classifier", "spans")  # heads with a few outputs
+MOMENTUM = 0.01  # of the ranges that move with the training
+SAMPLE = 2**14  # values that an observer keeps of each batch
+
+
+# ---------------------------------------------------------------- numbers
+def quantize(x: Tensor, scale: Tensor, zero: Tensor | float = 0.0, low: int = -127) -> Tensor:
+    """round(x / scale) + zero, within low..127, as floats.
+
+    The gradient passes straight through the rounding, but is zero where x lies outside of the range: there a small
+    change of x changes nothing (Bengio et al. 2013; Krishnamoorthi 2018, eq. 9).
+    """
+    y = (x / scale + zero).clamp(low, 127)
+    return y + (y.round() - y).detach() if torch.is_grad_enabled() else y.round_()
+
+
+def row_scales(weight: Tensor) -> Tensor:
+    """(out, in) -> (out, 1): the largest |w| of each row is 127. A row of zeros has the scale 1."""
+    largest = weight.detach().abs().amax(dim=1, keepdim=True)
+    return torch.where(largest > 0, largest / 127, 1.0)
+
+
+def affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for values of low..high; the range includes 0, which is therefore exact (padding, ReLU)."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=1e-8)
+    return scale, (-128 - (low / scale).round()).clamp(-128, 127)
+
+
+def dequantized(product: Tensor, scale: Tensor, zero: Tensor | float, weight_scale: Tensor, sums: Tensor | None,
+                bias: Tensor | None) -> Tensor:  # fmt: skip
+    """The equation at the top: product (.., out) of whole numbers; scale (.., 1) or (); weight_scale, sums (out,)."""
+    if sums is not None:
+        product = product - zero * sums
+    y = product * (scale * weight_scale)
+    return y if bias is None else y + bias
+
+
+# ---------------------------------------------------------------- inputs
+class DynamicInput(nn.Module):
+    """A scale for each token, from its own largest value: nothing has to be known beforehand."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """x (.., C) -> whole numbers (.., C) as floats, scales (.., 1), zero point."""
+        scale = (x.detach().abs().amax(dim=-1, keepdim=True).float() / 127).clamp(min=1e-8)
+        return quantize(x, scale), scale, 0.0
+
+
+class StaticInput(nn.Module):
+    """One scale and zero point for all tokens. While a model trains, the range follows what real tokens need."""
+
+    def __init__(self, real: RealTokens, low: float = 0.0, high: float = 0.0):
+        super().__init__()
+        self.real = real
+        self.register_buffer("range", torch.tensor([low, high]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.training:
+            tokens = self.real(x.detach()).float()
+            seen = torch.stack([tokens.min(), tokens.max()])
+            self.range.copy_(torch.where(self.range.any(), self.range.lerp(seen, MOMENTUM), seen))
+        scale, zero = affine(*self.range)
+        return quantize(x, scale, zero, low=-128), scale, zero
+
+
+class Observer:
+    """Watches values and proposes the range in which they are to be quantized.
+
+    minmax: all of them; ema: a moving average of each batch's extremes; percentile: all but the outermost 0.01 %;
+    mse: the range whose quantization has the smallest mean squared error.
+    """
+
+    def __init__(self, kind: str):
+        self.kind, self.low, self.high, self.kept = kind, None, None, []
+
+    def see(self, x: Tensor) -> None:
+        """x (N, C): real tokens only."""
+        low, high = x.min(), x.max()
+        if self.low is None:
+            self.low, self.high = low, high
+        elif self.kind == "ema":
+            self.low, self.high = self.low.lerp(low, 0.1), self.high.lerp(high, 0.1)
+        else:
+            self.low, self.high = torch.minimum(low, self.low), torch.maximum(high, self.high)
+        if self.kind in ("percentile", "mse"):
+            flat = x.flatten()
+            self.kept.append(flat[:: max(1, len(flat) // SAMPLE)].clone())
+
+    def range(self) -> tuple[float, float]:
+        low, high = float(self.low), float(self.high)
+        if self.kind == "percentile":
+            edges = torch.tensor([0.00005, 0.99995])
+            low, high = torch.cat(self.kept).float().cpu().quantile(edges).tolist()
+        if self.kind == "mse":
+            values = torch.cat(self.kept).float()
+            shares = [i / 50 for i in range(10, 51)]  # of the whole range
+            low, high = min(((low * s, high * s) for s in shares), key=lambda ends: rounding_error(values, *ends))
+        return low, high
+
+
+def rounding_error(values: Tensor, low: float, high: float) -> float:
+    scale, zero = affine(torch.tensor(low), torch.tensor(high))
+    return float(((quantize(values, scale, zero, low=-128) - zero) * scale - values).square().mean())
+
+
+# ---------------------------------------------------------------- layers that learn
+class FakeQuantLinear(Linear):
+    """A linear layer that computes what Int8Linear will, from float weights, with gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, scale, zero = self.input(x)
+        weight_scale = row_scales(self.weight)
+        weight = quantize(self.weight, weight_scale)
+        sums = weight.sum(dim=1) if isinstance(self.input, StaticInput) else None
+        # Whole numbers up to 128 are exact in bfloat16 as well; under autocast their sums are rounded.
+        return dequantized(F.linear(q, weight).float(), scale, zero, weight_scale[:, 0], sums, self.bias).to(x.dtype)
+
+
+class FakeQuantEmbedding(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = super().forward(tokens)  # (B, T, C)
+        scale = row_scales(rows.detach().flatten(0, -2)).view(*tokens.shape, 1)
+        return quantize(rows, scale) * scale
+
+
+# ---------------------------------------------------------------- layers that are served
+class Int8(nn.Module):
+    """A matrix as int8 with a scale for each row."""
+
+    def __init__(self, weight: Tensor, scale: Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)  # (out, in) int8
+        self.register_buffer("scale", scale)  # (out,) float32, whatever .to(dtype) asks of the rest
+        self.dtype = scale.dtype  # of the rest
+
+    def _apply(self, fn, recurse: bool = True) -> "Int8":
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.dtype, self.scale = self.scale.dtype, scale.to(self.weight.device)
+        return self
+
+
+class Int8Embedding(Int8):
+    """Rows of int8, looked up and scaled."""
+
+    @property
+    def num_embeddings(self) -> int:
+        return len(self.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (self.weight[tokens] * self.scale[tokens][..., None]).to(self.dtype)
+
+
+class Int8Linear(Int8):
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, input: nn.Module):
+        super().__init__(weight, scale)
+        self.out_features, self.in_features = weight.shape
+        self.bias, self.input = bias, input
+        self.register_buffer("sums", weight.sum(dim=1).float() if isinstance(input, StaticInput) else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, scale, zero = self.input(x)
+        product = int8_matmul(q.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
+        return dequantized(product, scale, zero, self.scale, self.sums, self.bias).to(x.dtype)
+
+
+def int8_matmul(q: Tensor, weight: Tensor) -> Tensor:
+    """q (M, K), whole numbers as floats, times weight (N, K) int8, transposed -> (M, N)."""
+    if not int8_units(q.device.type) or (q.is_cuda and (weight.size(0) % 8 or weight.size(1) % 8)):
+        return F.linear(q.float(), weight.float())  # the same numbers, in no less time than floats take
+    q = q.to(torch.int8)
+    if q.is_cuda and len(q) <= 16:
+        return torch._int_mm(F.pad(q, (0, 0, 0, 17 - len(q))), weight.t())[: len(q)]
+    return torch._int_mm(q, weight.t())  # of the (N, K) matrix as it lies: faster for a single row
+
+
+@functools.cache
+def int8_units(device: str) -> bool:
+    """Whether this machine multiplies int8 matrices, and rightly so: tried once, with all values of int8."""
+    a = torch.arange(-128, 128).repeat(32, 1)  # (32, 256)
+    b = torch.stack([torch.arange(-128, 128).roll(i) for i in range(8)])  # (8, 256)
+    try:
+        product = torch._int_mm(a.to(device, torch.int8), b.to(device, torch.int8).t())
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return torch.equal(product.cpu().long(), a @ b.t())
+
+
+# ---------------------------------------------------------------- models
+def matrices(model: nn.Module, kinds: type | tuple = nn.Linear) -> dict[str, nn.Module]:
+    """The linear layers that are quantized, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name not in SMALL}
+
+
+def calibrate(model: nn.Module, observer: str, task, batches: list) -> dict[str, tuple[float, float]]:
+    """The range of each linear layer's input, of the model as it is, from a forward pass of each batch."""
+    observers = {name: Observer(observer) for name in matrices(model)}
+    with watching(model, matrices(model), lambda name, x, y: observers[name].see(x)):
+        run_all(task, model, batches)
+    return {name: seen.range() for name, seen in observers.items()}
+
+
+def prepare(model: nn.Module, config: QuantConfig, ranges: dict[str, tuple[float, float]] | None = None) -> nn.Module:
+    """Gives a model the layers that learn, in place; parameters keep their names and stay tied."""
+    real = RealTokens(model.stack) if config.scheme != "dynamic" else None
+    for name, layer in matrices(model).items():
+        new = FakeQuantLinear(layer.in_features, layer.out_features, bias=False, device="meta")
+        new.weight, new.bias = layer.weight, layer.bias
+        new.input = StaticInput(real, *(ranges or {}).get(name, ())) if real else DynamicInput()
+        put(model, name, new)
+    tokens = FakeQuantEmbedding(1, 1, device="meta")
+    tokens.num_embeddings, tokens.embedding_dim = model.stack.tokens.weight.shape
+    tokens.weight = model.stack.tokens.weight
+    model.stack.tokens = tokens
+    return model.train(model.training)
+
+
+@torch.no_grad()
+def convert(model: nn.Module) -> nn.Module:
+    """Gives a prepared model the layers that are served, in place."""
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def whole(weight: Tensor) -> tuple[Tensor, Tensor]:
+        if id(weight) not in done:  # once for a matrix with two places
+            scale = row_scales(weight)
+            done[id(weight)] = quantize(weight, scale).to(torch.int8), scale[:, 0].float()
+        return done[id(weight)]
+
+    for name, layer in matrices(model, FakeQuantLinear).items():
+        put(model, name, Int8Linear(*whole(layer.weight), layer.bias, layer.input))
+    model.stack.tokens = Int8Embedding(*whole(model.stack.tokens.weight))
+    return model.train(model.training)
+
+
+@torch.no_grad()
+def restore(model: nn.Module) -> nn.Module:
+    """The inverse of `convert`: layers that learn, from the served ones. Converted again they are the same."""
+    done: dict[int, nn.Parameter] = {}
+
+    def floats(layer: Int8) -> nn.Parameter:
+        return done.setdefault(id(layer.weight), nn.Parameter(layer.weight * layer.scale[:, None]))
+
+    for name, layer in matrices(model, Int8Linear).items():
+        new = FakeQuantLinear(layer.in_features, layer.out_features, bias=False, device="meta")
+        new.weight, new.bias, new.input = floats(layer), layer.bias, layer.input
+        put(model, name, new)
+    tokens = FakeQuantEmbedding(1, 1, device="meta")
+    tokens.weight = floats(model.stack.tokens)
+    tokens.num_embeddings, tokens.embedding_dim = tokens.weight.shape
+    model.stack.tokens = tokens
+    return model.train(model.training)
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def is_int8(model: nn.Module) -> bool:
+    return isinstance(model.stack.tokens, Int8Embedding)
+
+
+def is_prepared(model: nn.Module) -> bool:
+    return isinstance(model.stack.tokens, FakeQuantEmbedding)
