@@ -115,7 +115,8 @@ class ClassifyOptions(Checked):
 
 def classify(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [ClassifyOptions], ClassifyOptions.__doc__)
-    check_out(options.out or ".", options.texts)
+    if options.out:
+        check_out(options.out, options.texts)
     model, tokenizer = load_run(options.run, pick_device(options.device))
     if not model.config.n_classes:
         raise UserError(
