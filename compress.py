@@ -1,12 +1,10 @@
 """Make a run smaller: prune, quantize or reduce it; each writes a run that every other command opens."""
 
-import sys
-
 import numpy as np
 import torch
 
 from mini import compare, prune, quant
-from mini.config import PruneConfig, QuantConfig, ReduceConfig, UserError, nearest, parse_flags, run_command
+from mini.config import PruneConfig, QuantConfig, ReduceConfig, UserError, dispatch, parse_flags, run_command
 from mini.start import Settings, make_world, open_task, read_compression, run
 
 CALIBRATION_BATCH = 32
@@ -20,6 +18,8 @@ def prune_run(argv: list[str]) -> None:
         raise UserError(f"{s.run.init} is quantized: prune first, then quantize")
     if part in prune.JOINS:
         prune.check_units(model, part, options)
+    if options.schedule == "cubic" and not (s.train.steps or s.train.epochs):
+        raise UserError("--schedule cubic prunes while the model trains: say how long with --steps")
     options.first = prune.sparsity(model)
     if part not in prune.JOINS and options.sparsity < options.first:
         raise UserError(f"--sparsity {options.sparsity}: {s.run.init} has {options.first:.4g} already")
@@ -31,7 +31,7 @@ def prune_run(argv: list[str]) -> None:
         s.start = prune.without_units(
             model, part, prune.choose_units(model, part, options, s.train.seed, task, batches)
         )
-    elif options.schedule == "oneshot" or not s.train.steps:
+    elif options.schedule == "oneshot":
         prune.prune(model, options, options.sparsity, s.train.seed, task, batches)
     else:
         prune.prune(model, options, options.first, s.train.seed)
@@ -39,10 +39,12 @@ def prune_run(argv: list[str]) -> None:
 
 
 def quantize_run(argv: list[str]) -> None:
-    """Give a run int8 matrices; --scheme qat, or --steps with any, trains them in that form."""
+    """Give a run int8 matrices, and with --steps train them in that form."""
     s = read_compression(argv, "quant", quantize_run.__doc__, QuantConfig)
-    if quant.is_int8(s.start):
+    if quant.is_int8(s.start) or quant.is_prepared(s.start):
         raise UserError(f"{s.run.init} is quantized already: start from the run it was made of")
+    if s.quant.scheme == "qat" and not (s.train.steps or s.train.epochs):
+        raise UserError("--scheme qat trains: say how long with --steps, or take --scheme static")
     world = make_world(s.train)
     task, tokenizer = open_task(s, world)
     s.start.to(world.device)
@@ -115,21 +117,16 @@ def finish(s: Settings, task, tokenizer, world) -> None:
     run(s, s.start, task, tokenizer, world)
 
 
-COMMANDS = {"prune": prune_run, "quantize": quantize_run, "reduce": reduce_run, "report": report}
-USAGE = "usage: python compress.py COMMAND RUN ... --out RUN2 (COMMAND --help lists its flags)\n\n" + "\n".join(
-    f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()
-)
+COMMANDS = {
+    "prune": (prune_run, prune_run.__doc__),
+    "quantize": (quantize_run, quantize_run.__doc__),
+    "reduce": (reduce_run, reduce_run.__doc__),
+    "report": (report, report.__doc__),
+}
 
 
 def main(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    name, *rest = argv
-    if name not in COMMANDS:
-        raise UserError(f"unknown command {name}{nearest(name, COMMANDS)}: choose one of {', '.join(COMMANDS)}")
-    sys.argv[0] = f"compress.py {name}"
-    COMMANDS[name](rest)
+    dispatch(argv, COMMANDS, "python compress.py")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Pretrain or fine-tune a BERT. Without arguments: a small one on Python's own documentation, minutes on a laptop."""
 
 from mini.config import BERT_PRESETS, run_command
-from mini.data import ENCODER_TOKENS
 from mini.start import make_model, make_world, open_task, read_settings, run
 
 TASKS = ("mlm", "classify", "qa")  # fill masks, tell a text's label, find the answer in a text
@@ -9,9 +8,9 @@ FINETUNE = dict(lr=5e-5)  # Devlin et al. 2019, A.3; small models learn faster w
 
 
 def main(argv: list[str]) -> None:
-    settings = read_settings(argv, __doc__, "bert", TASKS, BERT_PRESETS, ENCODER_TOKENS, FINETUNE)
+    settings = read_settings(argv, __doc__, "bert", TASKS, BERT_PRESETS, FINETUNE)
     world = make_world(settings.train)
-    task, tokenizer = open_task(settings, world, ENCODER_TOKENS)  # text -> tokens -> the examples of each step
+    task, tokenizer = open_task(settings, world)  # text -> tokens -> the examples of each step
     name = settings.run.task
     heads = dict(mlm=name == "mlm", nsp=name == "mlm" and settings.task_options.nsp, spans=name == "qa", pooler=False)
     model = make_model(settings, task, tokenizer, **heads)

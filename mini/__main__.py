@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from mini.config import (
     ModelConfig,
     QAConfig,
     UserError,
-    nearest,
+    dispatch,
     option,
     parse_flags,
     peek,
@@ -354,24 +353,14 @@ COMMANDS = {
     "tokens": (tokens, "text -> token folder"),
     "bench": (bench, "measure training and generation on this machine"),
 }
-USAGE = "usage: python -m mini COMMAND ... (COMMAND --help lists its flags)\n\n" + "\n".join(
-    f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()
-)
 
 
-def dispatch(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return
-    name, *rest = argv
-    if name not in COMMANDS:
-        raise UserError(f"unknown command {name}{nearest(name, COMMANDS)}: choose one of {', '.join(COMMANDS)}")
-    sys.argv[0] = f"python -m mini {name}"
-    COMMANDS[name][0](rest)
+def run(argv: list[str]) -> None:
+    dispatch(argv, COMMANDS, "python -m mini")
 
 
 def main() -> None:
-    run_command(dispatch)
+    run_command(run)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mini import quant, runs
+from mini import prune, quant, runs
 from mini.config import Checked, UserError, option
 from mini.devices import pick_device
+from mini.report import load_pyplot
 from mini.storage import load_tensors, write_json, write_text
 
 
@@ -36,7 +37,7 @@ def compare(options: ReportOptions) -> None:
     """Measures, prints the table and writes it."""
     for run in options.runs:
         model = runs.load_model(run)
-        if run == options.runs[0] and (quant.is_int8(model) or getattr(model, "masks", None) is not None):
+        if run == options.runs[0] and (quant.is_int8(model) or prune.masks_of(model)):
             raise UserError(f"{run}: the first run is what the others are compared with; name the uncompressed one")
     device = pick_device(options.device)
     forms = [(options.runs[0], form) for form in ("saved", "bf16", "torch-int8")]
@@ -49,7 +50,6 @@ def compare(options: ReportOptions) -> None:
             outputs = reference if not rows else Path(folder) / "outputs"
             row = start(run, form, outputs, options)
             if row is None:
-                tqdm.write(f"{run} as {form}: this PyTorch does not have it")
                 continue
             row["difference"] = difference(reference, outputs)
             rows.append(row)
@@ -64,15 +64,16 @@ def compare(options: ReportOptions) -> None:
 
 
 def start(run: str, form: str, outputs: Path, options: ReportOptions) -> dict | None:
-    """The figures of one row; None where this form does not exist here."""
+    """The figures of one row; None where torch's own int8 does not work here."""
     command = [sys.executable, "-m", "mini.measure", run, "--form", form, "--outputs", str(outputs)]
     command += ["--repeats", str(options.repeats), "--compile", str(options.compile), "--device", options.device]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    if form == "torch-int8":
-        return None
     reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
+    if form == "torch-int8":  # not every version of PyTorch has it
+        tqdm.write(f"{run} as {form}: not measured ({reason})")
+        return None
     raise UserError(f"{run}: it could not be measured ({reason.removeprefix('error: ')})")
 
 
@@ -119,13 +120,9 @@ def form_name(row: dict) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Quality against size and against latency, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = load_pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     judged = rows[0]["judged_by"]
     latency = next(name for name in rows[0] if name.startswith("ms_8_"))
     figure, both = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)

@@ -495,6 +495,19 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, max_help_position=34, width=118)
 
 
+def dispatch(argv: list[str], commands: dict[str, tuple[Callable, str]], program: str) -> None:
+    """Calls the command that argv names with the rest of argv; commands: {name: (function, what it does)}."""
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:10} {what}" for name, (_, what) in commands.items()]
+        print("\n".join([f"usage: {program} COMMAND ... (COMMAND --help lists its flags)", "", *lines]))
+        return
+    name, *rest = argv
+    if name not in commands:
+        raise UserError(f"unknown command {name}{nearest(name, commands)}: choose one of {', '.join(commands)}")
+    sys.argv[0] = f"{program} {name}"
+    commands[name][0](rest)
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs a command on sys.argv; a user's mistake becomes one line and exit status 2."""
     try:

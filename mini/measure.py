@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mini import prune, quant
 from mini.config import Checked, option, parse_flags, run_command
-from mini.data import ENCODER_TOKENS
 from mini.devices import World, can_compile, keep_memory, pick_device
 from mini.report import synchronize
 from mini.start import open_run, open_task
@@ -38,7 +37,6 @@ class MeasureOptions(Checked):
     repeats: int = option(20, "forward passes, of which the median counts", low=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
     outputs: str = option("", "a file for the outputs, to be compared with those of other runs")
-    judge: bool = option(True, "compute the validation figures")
 
 
 def measure(options: MeasureOptions) -> dict:
@@ -61,15 +59,15 @@ def measure(options: MeasureOptions) -> dict:
     with torch.inference_mode():
         figures |= speed(model, options.repeats, compiled, world.device)
     figures["memory_mb"] = memory(world.device) - empty
-    if options.judge:
-        task, _ = open_task(settings, world, ENCODER_TOKENS if settings.kind == "bert" else ())
-        judged = evaluate(model, task, world, torch.float32, 8)
-        figures |= {name: value for name, value in judged.items() if isinstance(value, float)}
-        figures["judged_by"] = task.best or "val_loss"
-        if options.outputs:
-            inputs = next(iter(task.data.validation(8))).to(world.device).inputs
-            with torch.inference_mode():
-                save_tensors(options.outputs, {"outputs": outputs(model, inputs).float().cpu()})
+    task, _ = open_task(settings, world)
+    judged = evaluate(model, task, world, torch.float32, 8)
+    figures |= {name: value for name, value in judged.items() if isinstance(value, float)}
+    figures["judged_by"] = task.best or "val_loss"
+    if options.outputs:
+        model.eval()
+        inputs = next(iter(task.data.validation(8))).to(world.device).inputs
+        with torch.inference_mode():
+            save_tensors(options.outputs, {"outputs": outputs(model, inputs).float().cpu()})
     return figures
 
 

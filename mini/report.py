@@ -70,15 +70,23 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def plot_metrics(rows: list[dict], path: Path) -> None:
-    """Draws training and validation loss over the steps, where matplotlib is installed."""
+def load_pyplot():
+    """matplotlib's pyplot, which draws into files, or None where it is not installed."""
     try:
         import matplotlib
     except ImportError:
-        return
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot_metrics(rows: list[dict], path: Path) -> None:
+    """Draws training and validation loss over the steps, where matplotlib is installed."""
+    pyplot = load_pyplot()
+    if pyplot is None:
+        return
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="training")
     valid = [r for r in rows if "val_loss" in r]

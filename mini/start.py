@@ -1,4 +1,4 @@
-"""From a command line to a finished run: the steps that train_gpt.py and train_bert.py share."""
+"""From a command line to a finished run: the steps that train_gpt.py, train_bert.py and compress.py share."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from mini.config import (
     parse_flags,
     peek,
 )
-from mini.data import LMWindows, MaskedSentences, init_tokenizer, prepare_tokens
+from mini.data import ENCODER_TOKENS, LMWindows, MaskedSentences, init_tokenizer, prepare_tokens
 from mini.devices import World
 from mini.labelled import LabelledTexts, PromptAnswers, column_texts
 from mini.squad import QuestionAnswers, squad_texts
@@ -39,6 +39,7 @@ FINETUNE = dict(
     optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,
     epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
 )  # fmt: skip
+SPECIAL = {"gpt": (), "bert": ENCODER_TOKENS}  # tokens that a model needs beside text
 # Training after compression: its learning rates are this share of the run's own, and fall to zero.
 HEAL_LR = 0.3
 HEAL = dict(steps=0, epochs=0.0, warmup=0.05, eval_every=0, sample_every=0, checkpoint_every=250)
@@ -71,46 +72,45 @@ def read_settings(
     argv: list[str],
     description: str,
     kind: str,
-    tasks: tuple[str, ...],
+    names: tuple[str, ...],
     presets: dict[str, dict],
-    special: tuple[str, ...] = (),
     finetune: dict | None = None,
 ) -> Settings:
-    """Reads the flags. tasks: names of --task; the first of them pretrains, the others have the values of finetune."""
-    task = peek(argv, "task", tasks[0])
-    if task not in tasks:
-        raise UserError(f"--task {task}: choose one of {', '.join(tasks)}{nearest(task, tasks)}")
+    """Reads the flags. names: of --task; the first of them pretrains, the others have the values of finetune."""
+    task = peek(argv, "task", names[0])
+    if task not in names:
+        raise UserError(f"--task {task}: choose one of {', '.join(names)}{nearest(task, names)}")
     first = next(iter(presets))
     preset = peek(argv, "preset", first)
     name = kind if preset == first else preset
     defaults = dict(task=task, out=f"out/{name}")
-    if task != tasks[0]:
+    if task != names[0]:
         defaults = {**FINETUNE, **(finetune or {}), **defaults, "out": f"out/{name}-{task}"}
     classes = [RunOptions, ModelConfig, DataConfig, OptimConfig, TrainConfig]
     classes += [TASK_CONFIGS[task]] if task in TASK_CONFIGS else []
-    description = f"{description}\n\n--task is one of {', '.join(tasks)}; each has flags and defaults of its own."
+    description = f"{description}\n\n--task is one of {', '.join(names)}; each has flags and defaults of its own."
     objects, given = parse_flags(argv, classes, description, presets, **defaults)
     settings = Settings(kind, *objects[:5], *(objects[5:] or [None]), given)
-    if task == tasks[0] and settings.data.train:
+    if task == names[0] and settings.data.train:
         raise UserError(f"--train is a file to fine-tune on; --task {task} reads --data")
+    if {"steps", "epochs"} <= given:
+        raise UserError("--steps and --epochs: give one of them")
     if "steps" in given:
         if not settings.train.steps:
             raise UserError("--steps 0: must be at least 1")
-        if settings.train.epochs and "epochs" in given:
-            raise UserError("--steps and --epochs: give one of them")
         settings.train.epochs = 0.0
     if init := settings.run.init:
-        open_start(settings, init, special)
+        open_start(settings, init)
     return settings
 
 
-def open_start(settings: Settings, init: str, special: tuple[str, ...]) -> None:
+def open_start(settings: Settings, init: str) -> None:
     """A run to start from brings its model's shape and its tokenizer; flags that were given change the rest."""
     settings.start, settings.labels = runs.load_model(init, settings.kind), runs.read_labels(init)
     settings.quant = runs.read_quant(init)
     shape = settings.start.config
     spec = settings.data.tokenizer if "tokenizer" in settings.given else None
-    settings.tokenizer = init_tokenizer(init, spec, special)
+    settings.tokenizer = init_tokenizer(init, spec, SPECIAL[settings.kind])
     flags = {name: getattr(settings.model, name) for name in settings.given if hasattr(settings.model, name)}
     for name in SHAPE & flags.keys():
         if flags[name] != getattr(shape, name):
@@ -129,7 +129,7 @@ def open_run(source: str, tokenizer: str | None = None) -> Settings:
     saved = published_config(model) if published else runs.read_config(source)
     settings = Settings(
         saved.kind, RunOptions(saved.task, source), model.config, saved.data, saved.optim, saved.train,
-        saved.task_options, set(), model, init_tokenizer(source, tokenizer),
+        saved.task_options, set(), model, init_tokenizer(source, tokenizer, SPECIAL[saved.kind]),
     )  # fmt: skip
     runs.check_vocabulary(settings.model, settings.tokenizer, source)
     settings.labels, settings.quant = runs.read_labels(source), saved.quant
@@ -155,6 +155,8 @@ def read_compression(argv: list[str], name: str, description: str, recipe: type)
         raise UserError(f"the run comes first: {sys.argv[0]} {options.run} ...")
     if not options.out:
         raise UserError("name the run folder to make with --out")
+    if {"steps", "epochs"} <= given:
+        raise UserError("--steps and --epochs: give one of them")
     settings.data, settings.optim, settings.train = parts
     settings.optim.schedule = "linear"  # to zero, whatever shape the run's own training had
     settings.run.out, settings.run.overwrite, settings.given = options.out, options.overwrite, given
@@ -183,13 +185,13 @@ def make_world(options: TrainConfig) -> World:
     return world
 
 
-def open_task(settings: Settings, world: World, special: tuple[str, ...] = ()) -> tuple:
+def open_task(settings: Settings, world: World) -> tuple:
     """Text -> tokens -> the examples of each step, with the loss and the figures they are for: (task, tokenizer).
 
     The tokenizer is that of --init, or without one that of --tokenizer; a BPE is trained on the texts to learn from.
     """
     name, data, model, options = settings.run.task, settings.data, settings.model, settings.task_options
-    tokenizer = settings.tokenizer
+    tokenizer, special = settings.tokenizer, SPECIAL[settings.kind]
     if name in ("lm", "mlm"):
         folder, tokenizer = world.main_first(
             lambda: prepare_tokens(data, model.vocab_size, tokenizer, settings.given, special)

@@ -60,7 +60,7 @@ def run_here(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
 
     out, err, status = io.StringIO(), io.StringIO(), 0
     scripts = {"train_gpt.py": train_gpt.main, "train_bert.py": train_bert.main, "compress.py": compress.main}
-    main = {"-m": mini.__main__.dispatch, **scripts}[argv[0]]
+    main = {"-m": mini.__main__.run, **scripts}[argv[0]]
     with (
         mock.patch.object(sys, "argv", argv[1:] if argv[0] == "-m" else argv),
         mock.patch.dict(os.environ, {"MINI_CACHE": str(cache)}),
