@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mini.config import PruneConfig, UserError
 from mini.storage import load_weights, weights
+from mini.transformer import SMALL_HEADS
 from mini.watch import run_all, watching
 
 RAMP = 2 / 3  # the share of the steps in which a cubic schedule prunes; in the rest the model recovers
@@ -40,6 +41,16 @@ class Masks(nn.Module):
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         return ((name.replace("/", "."), mask) for name, mask in self.named_buffers())
+
+
+def mask_key(name: str) -> str:
+    """The name, in checkpoints and in state_dict(), of a weight's mask."""
+    return "masks." + name.replace(".", "/")
+
+
+def mask_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{name of a weight: its mask} of what `weights` gives, or a checkpoint holds."""
+    return {key[6:].replace("/", "."): tensor for key, tensor in tensors.items() if key.startswith("masks.")}
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -65,9 +76,8 @@ def prunable(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
 
     A matrix with two places (a tied head) stands here once, with the name that files give it.
     """
-    small = ("nsp", "classifier", "spans")
     layers = {
-        f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in small
+        f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in SMALL_HEADS
     }
     layers["stack.tokens.weight"] = model.stack.tokens
     return {name: layers[name] for name, _ in model.named_parameters() if name in layers}
@@ -85,7 +95,7 @@ def scores(model: nn.Module, method: str, seed: int, task=None, batches: list = 
     layers = prunable(model)
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
-        found = {name: torch.rand(layer.weight.shape, generator=generator) for name, layer in layers.items()}
+        found = {n: torch.rand(m.weight.shape, generator=generator).to(m.weight.device) for n, m in layers.items()}
     else:
         found = {name: layer.weight.detach().abs().float() for name, layer in layers.items()}
     if method == "wanda":  # |W_ij| · ‖X_j‖₂ over the tokens of the batches; an embedding has no inputs to measure
@@ -135,7 +145,8 @@ def make_masks(scored: dict[str, Tensor], share: float, options: PruneConfig) ->
 def keep_highest(rows: Tensor, without: list[int]) -> Tensor:
     """True in each row (R, n) but for its without[r] lowest values; of equal ones the first go."""
     order = rows.argsort(dim=1, stable=True)  # a threshold would take all of several equal values, or none
-    gone = torch.arange(rows.size(1)) < torch.as_tensor(without)[:, None]  # (R, n), in that order
+    places = torch.arange(rows.size(1), device=rows.device)
+    gone = places < torch.as_tensor(without, device=rows.device)[:, None]  # (R, n), in that order
     return torch.ones_like(rows, dtype=torch.bool).scatter(1, order, ~gone)
 
 
@@ -206,7 +217,7 @@ def importance(model: nn.Module, part: str, method: str, alive: list[Tensor], se
     """
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
-        return [torch.rand(n, generator=generator) for n in sizes(model, part)]
+        return [torch.rand(len(gate), generator=generator).to(gate.device) for gate in alive]
     if method == "magnitude":
         found = [unit_norms(block, part) for block in model.stack.blocks]
     else:
@@ -296,7 +307,7 @@ def without_units(model: nn.Module, part: str, alive: list[Tensor]) -> nn.Module
             cuts["mlp.down.weight"] = (1, kept)
         for name, (dim, places) in cuts.items():
             full = f"stack.blocks.{layer}.{name}"
-            for key in (full, "masks." + full.replace(".", "/")):
+            for key in (full, mask_key(full)):
                 if key in tensors:
                     tensors[key] = tensors[key].index_select(dim, places.to(tensors[key].device))
     return rebuilt(model, dataclasses.replace(config, **changes), tensors)
@@ -338,11 +349,8 @@ def spread(n: int, total: int) -> list[int]:
 def rebuilt(model: nn.Module, config, tensors: dict[str, Tensor]) -> nn.Module:
     """A model of the same kind with this config and these weights, masks among them."""
     new = type(model)(config)
-    found = {
-        name.removeprefix("masks.").replace("/", "."): t for name, t in tensors.items() if name.startswith("masks.")
-    }
-    if found:
-        new.masks = Masks(found)
+    if masks := mask_tensors(tensors):
+        new.masks = Masks(masks)
     load_weights(new, tensors, "the smaller model")
     return new.to(next(model.parameters()).device).train(model.training)
 
@@ -351,16 +359,15 @@ def rebuilt(model: nn.Module, config, tensors: dict[str, Tensor]) -> nn.Module:
 def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each masked weight as NAME.bits, one bit for each weight, and NAME.kept, those that stay, row by row."""
     packed = {name: tensor for name, tensor in tensors.items() if not name.startswith("masks.")}
-    for name in tensors.keys() - packed.keys():
-        mask, weight = tensors[name].cpu(), name.removeprefix("masks.").replace("/", ".")
-        packed[f"{weight}.bits"] = torch.from_numpy(np.packbits(mask.numpy()))
-        packed[f"{weight}.kept"] = packed.pop(weight).cpu()[mask]
+    for name, mask in mask_tensors(tensors).items():
+        packed[f"{name}.bits"] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
+        packed[f"{name}.kept"] = packed.pop(name)[mask]
     return packed
 
 
 def unpack(model: nn.Module, tensors: dict[str, Tensor], where) -> dict[str, Tensor]:
     """The inverse; the model gets the masks that the tensors speak of, packed or not."""
-    wanted, masks, tensors = weights(model), {}, dict(tensors)
+    wanted, tensors = weights(model), dict(tensors)
     for name in [name for name in tensors if name.endswith(".bits")]:
         weight = name.removesuffix(".bits")
         if weight not in wanted or f"{weight}.kept" not in tensors:
@@ -370,10 +377,7 @@ def unpack(model: nn.Module, tensors: dict[str, Tensor], where) -> dict[str, Ten
         if len(bits) != -(-shape.numel() // 8) or int(mask.sum()) != len(kept):
             raise UserError(f"{where}: {name} does not fit {weight} {list(shape)}: the file is damaged")
         tensors[weight] = torch.zeros(shape.numel(), dtype=kept.dtype).masked_scatter(mask, kept).view(shape)
-        tensors["masks." + weight.replace(".", "/")] = mask.view(shape)
-    for name in tensors:
-        if name.startswith("masks."):
-            masks[name.removeprefix("masks.").replace("/", ".")] = tensors[name].clone()
-    if masks:
+        tensors[mask_key(weight)] = mask.view(shape)
+    if masks := {name: mask.clone() for name, mask in mask_tensors(tensors).items()}:
         model.masks = Masks(masks)
     return tensors

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini.config import QuantConfig
-from mini.transformer import Linear
+from mini.transformer import SMALL_HEADS, Linear
 from mini.watch import RealTokens, run_all, watching
 
-SMALL = ("nsp", "classifier", "spans")  # heads with a few outputs
 MOMENTUM = 0.01  # of the ranges that move with the training
 SAMPLE = 2**14  # values that an observer keeps of each batch
 
@@ -130,6 +129,10 @@ def rounding_error(values: Tensor, low: float, high: float) -> float:
 class FakeQuantLinear(Linear):
     """A linear layer that computes what Int8Linear will, from float weights, with gradients."""
 
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, input: nn.Module):
+        super().__init__(weight.size(1), weight.size(0), bias=False, device="meta")
+        self.weight, self.bias, self.input = weight, bias, input
+
     def forward(self, x: Tensor) -> Tensor:
         q, scale, zero = self.input(x)
         weight_scale = row_scales(self.weight)
@@ -140,6 +143,12 @@ class FakeQuantLinear(Linear):
 
 
 class FakeQuantEmbedding(nn.Embedding):
+    """The same for looked-up rows."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__(*weight.shape, device="meta")
+        self.weight = weight
+
     def forward(self, tokens: Tensor) -> Tensor:
         rows = super().forward(tokens)  # (B, T, C)
         scale = row_scales(rows.detach().flatten(0, -2)).view(*tokens.shape, 1)
@@ -212,7 +221,7 @@ def int8_units(device: str) -> bool:
 # ---------------------------------------------------------------- models
 def matrices(model: nn.Module, kinds: type | tuple = nn.Linear) -> dict[str, nn.Module]:
     """The linear layers that are quantized, by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name not in SMALL}
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name not in SMALL_HEADS}
 
 
 def calibrate(model: nn.Module, observer: str, task, batches: list) -> dict[str, tuple[float, float]]:
@@ -227,14 +236,9 @@ def prepare(model: nn.Module, config: QuantConfig, ranges: dict[str, tuple[float
     """Gives a model the layers that learn, in place; parameters keep their names and stay tied."""
     real = RealTokens(model.stack) if config.scheme != "dynamic" else None
     for name, layer in matrices(model).items():
-        new = FakeQuantLinear(layer.in_features, layer.out_features, bias=False, device="meta")
-        new.weight, new.bias = layer.weight, layer.bias
-        new.input = StaticInput(real, *(ranges or {}).get(name, ())) if real else DynamicInput()
-        put(model, name, new)
-    tokens = FakeQuantEmbedding(1, 1, device="meta")
-    tokens.num_embeddings, tokens.embedding_dim = model.stack.tokens.weight.shape
-    tokens.weight = model.stack.tokens.weight
-    model.stack.tokens = tokens
+        input = StaticInput(real, *(ranges or {}).get(name, ())) if real else DynamicInput()
+        put(model, name, FakeQuantLinear(layer.weight, layer.bias, input))
+    model.stack.tokens = FakeQuantEmbedding(model.stack.tokens.weight)
     return model.train(model.training)
 
 
@@ -264,13 +268,8 @@ def restore(model: nn.Module) -> nn.Module:
         return done.setdefault(id(layer.weight), nn.Parameter(layer.weight * layer.scale[:, None]))
 
     for name, layer in matrices(model, Int8Linear).items():
-        new = FakeQuantLinear(layer.in_features, layer.out_features, bias=False, device="meta")
-        new.weight, new.bias, new.input = floats(layer), layer.bias, layer.input
-        put(model, name, new)
-    tokens = FakeQuantEmbedding(1, 1, device="meta")
-    tokens.weight = floats(model.stack.tokens)
-    tokens.num_embeddings, tokens.embedding_dim = tokens.weight.shape
-    model.stack.tokens = tokens
+        put(model, name, FakeQuantLinear(floats(layer), layer.bias, layer.input))
+    model.stack.tokens = FakeQuantEmbedding(floats(model.stack.tokens))
     return model.train(model.training)
 
 

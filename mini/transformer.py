@@ -20,6 +20,9 @@ ACTIVATIONS = {
 }
 
 
+SMALL_HEADS = ("nsp", "classifier", "spans")  # names of heads with a few outputs, which are never compressed
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     """LayerNorm (Ba et al. 2016), or RMSNorm: no mean, no bias (Zhang & Sennrich 2019)."""
     if config.norm == "rmsnorm":

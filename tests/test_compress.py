@@ -196,6 +196,9 @@ def test_report(gpt, tmp_path, command):
         ("prune", ["--method", "wanda", "--scope", "global"], "wanda"),
         ("prune", ["--sparsty", "0.5"], "--sparsity"),
         ("quantize", ["--scheme", "static", "--calibrate", "0"], "calibrate 0"),
+        ("quantize", ["--scheme", "qat"], "how long with --steps"),
+        ("prune", ["--schedule", "cubic"], "how long with --steps"),
+        ("prune", ["--steps", "3", "--epochs", "1"], "give one of them"),
         ("reduce", [], "--keep"),
         ("reduce", ["--keep", "0,2"], "no 2"),
         ("reduce", ["--keep", "1,0"], "rising"),
@@ -239,3 +242,13 @@ def test_published_weights(tmp_path, command, text_file):
     done = compress(command, "quantize", tmp_path / "published", tmp_path / "int8", "--data", tmp_path / "text.jsonl")
     assert "nsp_accuracy" in last_json(done)
     assert load_run(tmp_path / "int8")[0].stack.tokens.weight.dtype == torch.int8
+
+
+def test_a_bert_on_a_token_folder(text_file, tmp_path, command):
+    """Made without a model's special tokens, it serves compression as it served training."""
+    command("-m", "mini", "tokens", text_file, "--tokenizer", "bytes", "--out", tmp_path / "tokens")
+    flags = [*TINY[2:], "--steps", 3, "--nsp", "false", "--out", tmp_path / "bert"]
+    command("train_bert.py", "--data", tmp_path / "tokens", *flags)
+    done = compress(command, "prune", tmp_path / "bert", tmp_path / "a", "--schedule", "cubic", "--epochs", 0.1)
+    assert last_json(done)["steps"] > 0
+    assert_holds(tmp_path / "a", 0.5)
