@@ -52,6 +52,7 @@ def quantize_run(argv: list[str]) -> None:
     if s.quant.scheme != "dynamic":
         ranges = quant.calibrate(s.start, s.quant.observer, task, calibration(task, s.quant.calibrate))
     quant.prepare(s.start, s.quant, ranges)
+    world.say(f"Served as int8: {quant.backend(world.device.type)}")
     finish(s, task, tokenizer, world)
 
 

@@ -1,7 +1,6 @@
 """The project's own side of its speed figures, measured by running the real loop and the real generate()."""
 
 import json
-import platform
 import resource
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ from mini.config import (
 )
 from mini.corpus import open_corpus
 from mini.data import BPE_BYTES, ENCODER_TOKENS, LMWindows, MaskedSentences
-from mini.devices import World, can_compile, pick_dtype
+from mini.devices import World, can_compile, device_name, pick_dtype
 from mini.gpt import GPT
 from mini.report import matmul_speed, synchronize
 from mini.tokenizer import ByteTokenizer, train_bpe
@@ -70,7 +69,7 @@ def run(options: BenchOptions, config: ModelConfig) -> None:
         )
     world = World(options.device)
     dtype = pick_dtype(options.dtype, world.device)
-    name = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
+    name = device_name(world.device)
     speed = matmul_speed(world.device, dtype)
     figures = {
         "device": f"{world.device} ({name}, {torch.get_num_threads()} threads)",

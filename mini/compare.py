@@ -13,14 +13,17 @@ from tqdm import tqdm
 
 from mini import prune, quant, runs
 from mini.config import Checked, UserError, option
-from mini.devices import pick_device
+from mini.devices import device_name, pick_device
 from mini.report import load_pyplot
 from mini.storage import load_tensors, write_json, write_text
 
 
 @dataclass
 class ReportOptions(Checked):
-    """Measure runs and compare them with the first, which is also shown in bfloat16 and by torch's own int8."""
+    """Measure runs and compare them with the first, which is also shown in bfloat16 and by torch's own int8.
+
+    Int8 runs are shown as they are, and with whatever is not int8 in bfloat16.
+    """
 
     runs: list[str] = field(
         default_factory=list,
@@ -35,30 +38,33 @@ class ReportOptions(Checked):
 
 def compare(options: ReportOptions) -> None:
     """Measures, prints the table and writes it."""
-    for run in options.runs:
+    device, forms = pick_device(options.device), []
+    for i, run in enumerate(options.runs):
         model = runs.load_model(run)
-        if run == options.runs[0] and (quant.is_int8(model) or prune.masks_of(model)):
+        int8 = quant.is_int8(model)
+        if i == 0 and (int8 or prune.masks_of(model)):
             raise UserError(f"{run}: the first run is what the others are compared with; name the uncompressed one")
-    device = pick_device(options.device)
-    forms = [(options.runs[0], form) for form in ("saved", "bf16", "torch-int8")]
-    if device.type != "cpu":
-        forms.pop()  # torch's dynamic int8 is for CPUs
+        forms += [(run, "saved")] + [(run, "bf16")] * (int8 or i == 0)
+        forms += [(run, "torch-int8")] * (i == 0 and device.type == "cpu")  # torch has it for CPUs
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference"
-        for run, form in tqdm([*forms, *((run, "saved") for run in options.runs[1:])], unit="model", leave=False):
+        for run, form in tqdm(forms, unit="row", leave=False):
             outputs = reference if not rows else Path(folder) / "outputs"
             row = start(run, form, outputs, options)
             if row is None:
                 continue
             row["difference"] = difference(reference, outputs)
+            if options.compile and not row["compiled"]:
+                tqdm.write(f"{run} as {form}: not compiled, as torch.compile does not work here")
             rows.append(row)
-    text = f"{heading(options, device)}\n\n{table(rows)}\n"
+    head = heading(options, device, rows)
+    text = f"{head}\n\n{table(rows)}\n"
     print("\n" + text)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.md", text)
-    write_json(out / "report.json", {"heading": heading(options, device), "rows": rows})
+    write_json(out / "report.json", {"heading": head, "rows": rows})
     plot(rows, out / "report.png")
     print(json.dumps({"out": str(out), "rows": len(rows)}))
 
@@ -83,12 +89,14 @@ def difference(a: Path, b: Path) -> float | None:
     return float((x - y).abs().max()) if x.shape == y.shape else None
 
 
-def heading(options: ReportOptions, device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    compiled = ", compiled" if options.compile else ""
+def heading(options: ReportOptions, device: torch.device, rows: list[dict]) -> str:
+    seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in rows}))
+    compiled = ", compiled" if all(row["compiled"] for row in rows) else ""
+    int8 = f"; {quant.backend(device.type)}" if any(row["int8"] for row in rows) else ""
     return (
-        f"{device} ({name}), {torch.get_num_threads()} threads, Python {platform.python_version()}, torch "
-        f"{torch.__version__}{compiled}; p50 of {options.repeats} forward passes; (batch, tokens)"
+        f"{device} ({device_name(device)}), {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+        f"torch {torch.__version__}{compiled}; runs of seed {seeds}; p50 of {options.repeats} forward passes of "
+        f"(batch, tokens) from seed 0{int8}"
     )
 
 
@@ -113,9 +121,9 @@ def table(rows: list[dict]) -> str:
 
 
 def form_name(row: dict) -> str:
-    if row["form"] != "saved":
-        return row["form"]
-    return "int8" if row["int8"] else "fp32"
+    if row["int8"]:
+        return "int8" if row["form"] == "saved" else "int8, bf16"
+    return "fp32" if row["form"] == "saved" else row["form"]
 
 
 def plot(rows: list[dict], path: Path) -> None:

@@ -3,9 +3,11 @@
 import contextlib
 import ctypes
 import os
+import platform
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -100,6 +102,15 @@ def pick_device(name: str, index: int = 0) -> torch.device:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--device {name} does not work here: {reason}") from None
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, IndexError):  # only Linux has this file, and names a processor there
+        return Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
+    return platform.processor() or platform.machine()
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -30,7 +30,7 @@ class MeasureOptions(Checked):
     run: str = option("", "a run, or a folder with published weights", positional="1")
     form: str = option(
         "saved",
-        "as it is, in float32 or int8; its weights and activations in bfloat16; torch's own dynamic int8",
+        "as it is; whatever of it is float32 in bfloat16; torch's own dynamic int8",
         ("saved", "bf16", "torch-int8"),
     )
     compile: bool = option(False, "through torch.compile")
@@ -40,12 +40,13 @@ class MeasureOptions(Checked):
 
 
 def measure(options: MeasureOptions) -> dict:
-    keep_memory()
     world = World(options.device)
     empty = memory(world.device)
     settings = open_run(options.run)
     model = settings.start.eval()
-    figures = {"run": options.run, "form": options.form, "compiled": options.compile, **size(model, options)}
+    compiled = options.compile and can_compile(world.device, world.say)
+    figures = {"run": options.run, "form": options.form, "compiled": compiled, "seed": settings.train.seed}
+    figures |= size(model, options)
     if options.form == "bf16":
         model.bfloat16()
     if options.form == "torch-int8":
@@ -55,7 +56,7 @@ def measure(options: MeasureOptions) -> dict:
     gc.collect()
 
     memory(world.device)  # loading does not count
-    compiled = options.compile and can_compile(world.device, world.say)
+    keep_memory()
     with torch.inference_mode():
         figures |= speed(model, options.repeats, compiled, world.device)
     figures["memory_mb"] = memory(world.device) - empty
@@ -77,9 +78,15 @@ def size(model: nn.Module, options: MeasureOptions) -> dict:
     zeros = sum(int((~mask).sum()) for mask in masks.values())
     n = model.num_params()
     path = Path(options.run) / "model.safetensors"
-    stored = path.stat().st_size if path.is_file() and options.form == "saved" else {"bf16": 2}.get(options.form, 4) * n
-    real = not masks and (not quant.is_int8(model) or quant.int8_units(pick_device(options.device).type))
-    return {"bytes": stored, "parameters": n, "nonzeros": n - zeros, "real": real, "int8": quant.is_int8(model)}
+    int8 = quant.is_int8(model)
+    as_stored = path.is_file() and (options.form == "saved" or int8)
+    stored = path.stat().st_size if as_stored else {"bf16": 2}.get(options.form, 4) * n
+    if options.form == "torch-int8":  # a byte for each weight of a linear layer; what is also an embedding stays, too
+        shared = model.stack.tokens.weight
+        for layer in quant.matrices(model).values():
+            stored += layer.weight.numel() * (1 if layer.weight is shared else 1 - 4)
+    real = not masks and (not int8 or quant.int8_units(pick_device(options.device).type))
+    return {"bytes": stored, "parameters": n, "nonzeros": n - zeros, "real": real, "int8": int8}
 
 
 def torch_int8(model: nn.Module) -> nn.Module:
@@ -100,7 +107,8 @@ def speed(model: nn.Module, repeats: int, compiled: bool, device: torch.device) 
     figures = {"length": T}
     if model.kind == "gpt" and not model.config.n_classes:
         figures["ms_1_1"] = latency(single_step(model, device, compiled), repeats, device)
-    run = torch.compile(outputs, dynamic=False) if compiled else outputs
+    inductor = quant.INDUCTOR if quant.is_int8(model) else None
+    run = torch.compile(outputs, dynamic=False, options=inductor) if compiled else outputs
     for batch in (1, 8):
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(model.config.vocab_size, (batch, T), generator=generator).to(device)

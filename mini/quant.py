@@ -23,6 +23,9 @@ from mini.watch import RealTokens, run_all, watching
 
 MOMENTUM = 0.01  # of the ranges that move with the training
 SAMPLE = 2**14  # values that an observer keeps of each batch
+# For torch.compile: an activation is needed twice, for its largest value and to be divided by it. Without this, CPU
+# code computes GELU both times.
+INDUCTOR = {"realize_opcount_threshold": 8}
 
 
 # ---------------------------------------------------------------- numbers
@@ -58,17 +61,29 @@ def dequantized(product: Tensor, scale: Tensor, zero: Tensor | float, weight_sca
     return y if bias is None else y + bias
 
 
+class KeepsFloat32(nn.Module):
+    """Scales and ranges stay float32 when the rest of a model becomes bfloat16."""
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        kept = {name: b for name, b in self.named_buffers(recurse=False) if b.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
 # ---------------------------------------------------------------- inputs
 class DynamicInput(nn.Module):
     """A scale for each token, from its own largest value: nothing has to be known beforehand."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """x (.., C) -> whole numbers (.., C) as floats, scales (.., 1), zero point."""
-        scale = (x.detach().abs().amax(dim=-1, keepdim=True).float() / 127).clamp(min=1e-8)
+        x = x.float()
+        scale = (x.detach().abs().amax(dim=-1, keepdim=True) / 127).clamp(min=1e-8)
         return quantize(x, scale), scale, 0.0
 
 
-class StaticInput(nn.Module):
+class StaticInput(KeepsFloat32):
     """One scale and zero point for all tokens. While a model trains, the range follows what real tokens need."""
 
     def __init__(self, real: RealTokens, low: float = 0.0, high: float = 0.0):
@@ -156,24 +171,23 @@ class FakeQuantEmbedding(nn.Embedding):
 
 
 # ---------------------------------------------------------------- layers that are served
-class Int8(nn.Module):
+class Int8(KeepsFloat32):
     """A matrix as int8 with a scale for each row."""
 
     def __init__(self, weight: Tensor, scale: Tensor):
         super().__init__()
         self.register_buffer("weight", weight)  # (out, in) int8
-        self.register_buffer("scale", scale)  # (out,) float32, whatever .to(dtype) asks of the rest
-        self.dtype = scale.dtype  # of the rest
-
-    def _apply(self, fn, recurse: bool = True) -> "Int8":
-        scale = self.scale
-        super()._apply(fn, recurse)
-        self.dtype, self.scale = self.scale.dtype, scale.to(self.weight.device)
-        return self
+        self.register_buffer("scale", scale)  # (out,)
 
 
 class Int8Embedding(Int8):
     """Rows of int8, looked up and scaled."""
+
+    dtype = torch.float32  # of what it returns: that of the rest of the model
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        self.dtype = fn(self.weight.new_empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
 
     @property
     def num_embeddings(self) -> int:
@@ -206,9 +220,15 @@ def int8_matmul(q: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(q, weight.t())  # of the (N, K) matrix as it lies: faster for a single row
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile asks it, and does not look into it
 def int8_units(device: str) -> bool:
-    """Whether this machine multiplies int8 matrices, and rightly so: tried once, with all values of int8."""
+    """Whether this machine multiplies int8 matrices, and rightly so."""
+    return check_int8(device)
+
+
+@functools.cache
+def check_int8(device: str) -> bool:
+    """Tries it, once, with all values of int8."""
     a = torch.arange(-128, 128).repeat(32, 1)  # (32, 256)
     b = torch.stack([torch.arange(-128, 128).roll(i) for i in range(8)])  # (8, 256)
     try:
@@ -216,6 +236,11 @@ def int8_units(device: str) -> bool:
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return torch.equal(product.cpu().long(), a @ b.t())
+
+
+def backend(device: str) -> str:
+    """What Int8Linear does on this device, in words."""
+    return "torch._int_mm multiplies int8 matrices" if int8_units(device) else "no int8 products here: it uses floats"
 
 
 # ---------------------------------------------------------------- models

@@ -202,8 +202,25 @@ def test_training_reaches_every_weight_and_serves_what_it_learnt(config):
     assert float(served) == pytest.approx(float(learnt), rel=1e-4)
 
 
-def test_scales_keep_their_precision():
-    model = quant.convert(ready(WAYS[0], SCHEMES[0]))
-    model.to(torch.bfloat16)
-    assert model.head.scale.dtype == torch.float32 and model.head.weight.dtype == torch.int8
+@pytest.mark.parametrize("config", SCHEMES)
+def test_scales_keep_their_precision(config):
+    model = quant.convert(ready(WAYS[0], config)).eval()
+    tokens = batches()[0].inputs["tokens"]
+    with torch.no_grad():
+        exact = model(tokens)
+        model.bfloat16().to("cpu")
+        rounded = model(tokens)
+    assert rounded.dtype == torch.bfloat16 and (rounded - exact).norm() < 0.03 * exact.norm()
+    kept = [b for name, b in model.named_buffers() if name.rpartition(".")[2] in ("scale", "sums", "range")]
+    assert kept and all(buffer.dtype == torch.float32 for buffer in kept)
     assert model.generate(torch.zeros(1, 2, dtype=torch.long), 3).shape == (1, 5)
+
+
+@pytest.mark.parametrize("config", SCHEMES)
+def test_compiled_in_one_piece(config):
+    """Whether int8 products exist is asked when a model is compiled, not computed in it."""
+    stack = quant.convert(ready(WAYS[2], config)).eval().stack
+    tokens = batches()[0].inputs["tokens"]
+    with torch.no_grad():
+        compiled = torch.compile(stack, backend="eager", fullgraph=True)(tokens)  # raises where the graph breaks
+        torch.testing.assert_close(compiled, stack(tokens))
