@@ -40,9 +40,8 @@ FINETUNE = dict(
     epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
 )  # fmt: skip
 SPECIAL = {"gpt": (), "bert": ENCODER_TOKENS}  # tokens that a model needs beside text
-# Training after compression: its learning rates are this share of the run's own, and fall to zero.
-HEAL_LR = 0.3
-HEAL = dict(steps=0, epochs=0.0, warmup=0.05, eval_every=0, sample_every=0, checkpoint_every=250)
+# Training after compression: with the run's own learning rates (docs/log.md), which fall to zero.
+HEAL = dict(steps=0, epochs=0.0, schedule="linear", warmup=0.05, eval_every=0, sample_every=0, checkpoint_every=250)
 # What a run to start from has settled.
 SHAPE = {"n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_ff", "vocab_size", "activation", "tied", "bias",
          "n_segments"}  # fmt: skip
@@ -146,7 +145,7 @@ def read_compression(argv: list[str], name: str, description: str, recipe: type)
     settings = open_run(source, peek(argv, "tokenizer", None)) if source else None
     parts = [settings.data, settings.optim, settings.train] if source else [DataConfig(), OptimConfig(), TrainConfig()]
     defaults = {f: v for part in parts for f, v in dataclasses.asdict(part).items()}
-    defaults |= HEAL | {f: HEAL_LR * defaults[f] for f in ("lr", "embed_lr", "head_lr")}
+    defaults |= HEAL
     defaults = {f: v for f, v in defaults.items() if f not in field_names(recipe)}
     (options, chosen, *parts), given = parse_flags(
         argv, [CompressOptions, recipe, *map(type, parts)], description, **defaults
@@ -158,7 +157,8 @@ def read_compression(argv: list[str], name: str, description: str, recipe: type)
     if {"steps", "epochs"} <= given:
         raise UserError("--steps and --epochs: give one of them")
     settings.data, settings.optim, settings.train = parts
-    settings.optim.schedule = "linear"  # to zero, whatever shape the run's own training had
+    if "schedule" in field_names(recipe):  # then the flag of this name is the recipe's
+        settings.optim.schedule = HEAL["schedule"]
     settings.run.out, settings.run.overwrite, settings.given = options.out, options.overwrite, given
     setattr(settings, name, chosen)
     return settings
