@@ -5,7 +5,7 @@ import torch
 
 from mini import compare, prune, quant
 from mini.config import PruneConfig, QuantConfig, ReduceConfig, UserError, dispatch, parse_flags, run_command
-from mini.start import Settings, make_world, open_task, read_compression, run
+from mini.start import Settings, make_world, open_own_task, read_compression, run
 
 CALIBRATION_BATCH = 32
 
@@ -18,23 +18,25 @@ def prune_run(argv: list[str]) -> None:
         raise UserError(f"{s.run.init} is quantized: prune first, then quantize")
     if part in prune.JOINS:
         prune.check_units(model, part, options)
+    if ":" in part and "sparsity" in s.given:
+        raise UserError(f"--pattern {part} says how many weights go: leave --sparsity out")
     if options.schedule == "cubic" and not (s.train.steps or s.train.epochs):
         raise UserError("--schedule cubic prunes while the model trains: say how long with --steps")
     options.first = prune.sparsity(model)
-    if part not in prune.JOINS and options.sparsity < options.first:
+    if part not in prune.JOINS and options.sparsity < options.first - 1e-4:  # matrices round, each for itself
         raise UserError(f"--sparsity {options.sparsity}: {s.run.init} has {options.first:.4g} already")
     world = make_world(s.train)
-    task, tokenizer = open_task(s, world)
+    task, tokenizer = open_own_task(s, world)
     model.to(world.device)
     batches = calibration(task, options.calibrate) if options.method in ("wanda", "gradient") else []
     if part in prune.JOINS:
-        s.start = prune.without_units(
-            model, part, prune.choose_units(model, part, options, s.train.seed, task, batches)
-        )
-    elif options.schedule == "oneshot":
-        prune.prune(model, options, options.sparsity, s.train.seed, task, batches)
+        gates = prune.choose_units(model, part, options, s.train.seed, task, batches)
+        s.start = prune.without_units(model, part, world.agree([gate.cpu() for gate in gates]))
     else:
-        prune.prune(model, options, options.first, s.train.seed)
+        share = options.first if options.schedule == "cubic" else options.sparsity
+        prune.prune(model, options, share, s.train.seed, task, batches)
+        masks = world.agree({name: mask.cpu() for name, mask in prune.masks_of(model).items()})
+        prune.set_masks(model, {name: mask.to(world.device) for name, mask in masks.items()})
     finish(s, task, tokenizer, world)
 
 
@@ -45,13 +47,16 @@ def quantize_run(argv: list[str]) -> None:
         raise UserError(f"{s.run.init} is quantized already: start from the run it was made of")
     if s.quant.scheme == "qat" and not (s.train.steps or s.train.epochs):
         raise UserError("--scheme qat trains: say how long with --steps, or take --scheme static")
+    if s.quant.scheme == "dynamic" and (unused := s.given & {"observer", "calibrate"}):
+        raise UserError(f"--{min(unused)}: --scheme dynamic has no ranges to find; take static or qat, or leave it out")
     world = make_world(s.train)
-    task, tokenizer = open_task(s, world)
+    task, tokenizer = open_own_task(s, world)
     s.start.to(world.device)
-    ranges = None
+    ranges = {}
     if s.quant.scheme != "dynamic":
-        ranges = quant.calibrate(s.start, s.quant.observer, task, calibration(task, s.quant.calibrate))
-    quant.prepare(s.start, s.quant, ranges)
+        batches = calibration(task, s.quant.calibrate)
+        ranges = world.agree(quant.calibrate(s.start, s.quant.observer, task, batches))
+    quant.prepare(s.start, ranges)
     world.say(f"Served as int8: {quant.backend(world.device.type)}")
     finish(s, task, tokenizer, world)
 
@@ -61,10 +66,10 @@ def reduce_run(argv: list[str]) -> None:
     s = read_compression(argv, "reduce", reduce_run.__doc__, ReduceConfig)
     keep = chosen_layers(s)
     world = make_world(s.train)
-    task, tokenizer = open_task(s, world)
+    task, tokenizer = open_own_task(s, world)
     if keep is None:
         s.start.to(world.device)
-        values = prune.influence(s.start, task, calibration(task, s.reduce.calibrate))
+        values = world.agree(prune.influence(s.start, task, calibration(task, s.reduce.calibrate)))
         world.say("Block influence: " + ", ".join(f"{i}: {value:.4f}" for i, value in enumerate(values)))
         order = sorted(range(len(values)), key=lambda i: -values[i])
         keep = sorted(order[: s.reduce.layers])
@@ -78,6 +83,8 @@ def chosen_layers(s: Settings) -> list[int] | None:
     options, n = s.reduce, s.model.n_layers
     if bool(options.keep) == bool(options.layers):
         raise UserError("say which layers stay with --keep 0,2,4, or how many with --layers")
+    if options.keep and "by" in s.given:
+        raise UserError("--by chooses layers for --layers; --keep names them")
     if s.quant:
         raise UserError(f"{s.run.init} is quantized: reduce first, then quantize")
     if options.layers:

@@ -15,7 +15,6 @@ from mini.transformer import (
     Dropout,
     Linear,
     Transformer,
-    count_weights,
     init_weights,
     make_norm,
     vocabulary_logits,
@@ -116,7 +115,7 @@ class Bert(nn.Module):
         per_row = self.config.d_model
         if self.mlm is not None:  # a bias, and an untied decoder
             per_row += 1 + (0 if self.config.tied else self.config.d_model)
-        return count_weights(self) - extra * per_row
+        return sum(p.numel() for p in self.parameters()) - extra * per_row
 
     # ------------------------------------------------------------ published weights
     @classmethod

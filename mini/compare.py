@@ -1,6 +1,7 @@
 """Runs side by side: each measured in a process of its own, one table, and a picture of size, speed and quality."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -71,9 +72,11 @@ def compare(options: ReportOptions) -> None:
 
 def start(run: str, form: str, outputs: Path, options: ReportOptions) -> dict | None:
     """The figures of one row; None where torch's own int8 does not work here."""
+    home = str(Path(__file__).parents[1])  # where `mini` is, whatever folder this one was called from
+    paths = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "mini.measure", run, "--form", form, "--outputs", str(outputs)]
     command += ["--repeats", str(options.repeats), "--compile", str(options.compile), "--device", options.device]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
@@ -110,14 +113,19 @@ def table(rows: list[dict]) -> str:
               "largest difference", "speed"]  # fmt: skip
     lines = [titles, ["---"] * len(titles)]
     for row in rows:
-        quality, difference = row[judged], row["difference"]
+        change = row[judged] - first[judged] if judged in row else None
         lines.append(
             [row["run"], form_name(row), f"{row['bytes'] / 1e6:.2f}", f"{row['parameters']:,}",
-             f"{row['nonzeros']:,}", *(f"{row[name]:.2f}" for name in latencies), f"{row['tokens_per_s']:,.0f}",
-             f"{row['memory_mb']:,.0f}", f"{quality:.4f}", f"{quality - first[judged]:+.4f}",
-             "-" if difference is None else f"{difference:.3g}", "real" if row["real"] else "simulated"]
+             f"{row['nonzeros']:,}", *(shown(row.get(name), ".2f") for name in latencies),
+             f"{row['tokens_per_s']:,.0f}", f"{row['memory_mb']:,.0f}", shown(row.get(judged), ".4f"),
+             shown(change, "+.4f"), shown(row["difference"], ".3g"), "real" if row["real"] else "simulated"]
         )  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure, or a dash where a run has none of that name: another task, or another length."""
+    return "-" if value is None else format(value, form)
 
 
 def form_name(row: dict) -> str:
@@ -136,7 +144,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, both = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     sides = [("bytes", 1e6, "MB on disk"), (latency, 1, f"ms for (8, {rows[0]['length']}) tokens")]
     for axes, (name, unit, label) in zip(both, sides, strict=True):
-        for row in rows:
+        for row in (row for row in rows if name in row and judged in row):
             axes.plot(row[name] / unit, row[judged], "o" if row["real"] else "x", color="C0")
             axes.annotate(f"{Path(row['run']).name} {form_name(row)}", (row[name] / unit, row[judged]), fontsize=7,
                           xytext=(4, 4), textcoords="offset points")  # fmt: skip

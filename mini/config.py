@@ -211,8 +211,11 @@ class PruneConfig(Checked):
         groups = re.fullmatch(r"(\d+):(\d+)", self.pattern)
         if not groups and self.pattern not in ("unstructured", "heads", "neurons"):
             raise UserError(f"--pattern {self.pattern}: choose one of unstructured, heads, neurons, or N:M such as 2:4")
-        if groups and not 0 < int(groups[1]) < int(groups[2]):
-            raise UserError(f"--pattern {self.pattern}: N of M weights stay, with 0 < N < M")
+        if groups:
+            n, m = int(groups[1]), int(groups[2])
+            if not 0 < n < m:
+                raise UserError(f"--pattern {self.pattern}: N of M weights stay, with 0 < N < M")
+            self.sparsity = 1 - n / m
         units = self.pattern in ("heads", "neurons")
         if units and (self.method == "wanda" or self.schedule == "cubic"):
             wrong = "--method wanda" if self.method == "wanda" else "--schedule cubic"
@@ -233,7 +236,7 @@ class QuantConfig(Checked):
 
     scheme: str = option(
         "dynamic",
-        "scales of each token when it comes; fixed beforehand; fixed, then trained with the weights",
+        "scales of each token when it comes; one for all, found beforehand; the same, and weights trained within it",
         ("dynamic", "static", "qat"),
     )
     observer: str = option("minmax", "how static and qat find the fixed ranges", ("minmax", "ema", "percentile", "mse"))

@@ -336,7 +336,7 @@ class MaskedSentences:
         other = self.ordinary[(which * len(self.ordinary)).astype(np.int64)]
         shown = np.where(kind < 0.8, self.tokenizer.mask, np.where(kind < 0.9, other, targets))
         np.put_along_axis(tokens, order, np.where(chosen, shown, there), axis=1)
-        return np.where(chosen, order, 0), targets
+        return np.where(chosen, order, order[:, :1]), targets  # filled up with the first place, without a target
 
 
 class Sentences:

@@ -52,6 +52,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def agree(self, value):
+        """Rank 0's value, on every rank: for choices that hang on what each has measured."""
+        if self.size > 1:
+            box = [value]
+            dist.broadcast_object_list(box, device=self.device)
+            value = box[0]
+        return value
+
     def lowest(self, value: int) -> int:
         return -self.highest(-value)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mini.config import ModelConfig, UserError
 from mini.storage import load_published, load_weights, read_json, settings_of
-from mini.transformer import KVCache, Linear, Transformer, count_weights, init_weights, vocabulary_logits
+from mini.transformer import KVCache, Linear, Transformer, init_weights, vocabulary_logits
 
 
 class GPT(nn.Module):
@@ -176,7 +176,7 @@ class GPT(nn.Module):
     def num_params(self) -> int:
         """Parameters, without the rows that vocab_multiple adds."""
         extra = (self.stack.tokens.num_embeddings - self.config.vocab_size) * self.config.d_model
-        return count_weights(self) - extra * (1 if self.config.tied else 2)
+        return sum(p.numel() for p in self.parameters()) - extra * (1 if self.config.tied else 2)
 
     # ------------------------------------------------------------ published weights
     @classmethod

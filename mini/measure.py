@@ -4,6 +4,7 @@ import gc
 import json
 import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from mini import prune, quant
 from mini.config import Checked, option, parse_flags, run_command
 from mini.devices import World, can_compile, keep_memory, pick_device
 from mini.report import synchronize
-from mini.start import open_run, open_task
+from mini.start import open_own_task, open_run
 from mini.storage import save_tensors
 from mini.train import evaluate
 from mini.transformer import KVCache
@@ -60,7 +61,7 @@ def measure(options: MeasureOptions) -> dict:
     with torch.inference_mode():
         figures |= speed(model, options.repeats, compiled, world.device)
     figures["memory_mb"] = memory(world.device) - empty
-    task, _ = open_task(settings, world)
+    task, _ = open_own_task(settings, world)
     judged = evaluate(model, task, world, torch.float32, 8)
     figures |= {name: value for name, value in judged.items() if isinstance(value, float)}
     figures["judged_by"] = task.best or "val_loss"
@@ -85,7 +86,7 @@ def size(model: nn.Module, options: MeasureOptions) -> dict:
         shared = model.stack.tokens.weight
         for layer in quant.matrices(model).values():
             stored += layer.weight.numel() * (1 if layer.weight is shared else 1 - 4)
-    real = not masks and (not int8 or quant.int8_units(pick_device(options.device).type))
+    real = quant.int8_units(pick_device(options.device).type) if int8 else not masks
     return {"bytes": stored, "parameters": n, "nonzeros": n - zeros, "real": real, "int8": int8}
 
 
@@ -163,8 +164,9 @@ def memory(device: torch.device) -> float:
         status = Path("/proc/self/status").read_text()
         Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
         return int(status.split("VmHWM:")[1].split()[0]) / 1000
-    except (OSError, IndexError):  # not Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    except (OSError, IndexError):  # not Linux: the peak since the process began
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def main(argv: list[str]) -> None:

@@ -27,7 +27,7 @@ from mini.transformer import SMALL_HEADS
 from mini.watch import run_all, watching
 
 RAMP = 2 / 3  # the share of the steps in which a cubic schedule prunes; in the rest the model recovers
-ROUNDS = 10  # heads and neurons go in so many rounds, their importance measured anew in each (Michel et al. 2019, §3.2)
+ROUNDS = 10  # heads and neurons go in so many rounds, their importance measured anew in each (Michel et al. 2019, §4)
 
 
 # ---------------------------------------------------------------- masks
@@ -50,7 +50,8 @@ def mask_key(name: str) -> str:
 
 def mask_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """{name of a weight: its mask} of what `weights` gives, or a checkpoint holds."""
-    return {key[6:].replace("/", "."): tensor for key, tensor in tensors.items() if key.startswith("masks.")}
+    prefix = mask_key("")
+    return {k.removeprefix(prefix).replace("/", "."): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -64,6 +65,14 @@ def hold(model: nn.Module) -> None:
     """Sets masked weights to zero, after every step of an optimizer: its momentum and Muon's mixing revive them."""
     for name, mask in masks_of(model).items():
         model.get_parameter(name).mul_(mask)
+
+
+@torch.no_grad()
+def hold_gradients(model: nn.Module) -> None:
+    """The same for gradients, before their norm is taken: the weights that stay are clipped by their own."""
+    for name, mask in masks_of(model).items():
+        if (gradient := model.get_parameter(name).grad) is not None:
+            gradient.mul_(mask)
 
 
 def set_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
@@ -84,14 +93,17 @@ def prunable(model: nn.Module) -> dict[str, nn.Linear | nn.Embedding]:
 
 
 def sparsity(model: nn.Module) -> float:
-    """The share of the prunable weights that are masked."""
+    """The share of the weights that are masked, in the matrices that have masks."""
     masks = masks_of(model).values()
     return sum(int((~mask).sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks))
 
 
 # ---------------------------------------------------------------- which weights go
 def scores(model: nn.Module, method: str, seed: int, task=None, batches: list = ()) -> dict[str, Tensor]:
-    """The importance of every prunable weight, in matrices of their shapes. Masked weights get -1: they go first."""
+    """The importance of every prunable weight, in matrices of their shapes. Masked weights get -1: they go first.
+
+    Wanda's norms are those of the model as it is; the paper measures each block behind blocks that are pruned already.
+    """
     layers = prunable(model)
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -101,7 +113,9 @@ def scores(model: nn.Module, method: str, seed: int, task=None, batches: list = 
     if method == "wanda":  # |W_ij| · ‖X_j‖₂ over the tokens of the batches; an embedding has no inputs to measure
         for name, norms in input_norms(model, task, batches).items():
             found[name] = found[name] * norms
-    return {name: score.masked_fill(~masks_of(model).get(name, score > -1), -1) for name, score in found.items()}
+    for name, mask in masks_of(model).items():
+        found[name] = found[name].masked_fill(~mask, -1)
+    return found
 
 
 def input_norms(model: nn.Module, task, batches: list) -> dict[str, Tensor]:
@@ -151,8 +165,12 @@ def keep_highest(rows: Tensor, without: list[int]) -> Tensor:
 
 
 def prune(model: nn.Module, options: PruneConfig, share: float, seed: int, task=None, batches: list = ()) -> None:
-    """Masks this share of the model's weights. Masked ones stay so: 0.5 twice is 0.5."""
-    set_masks(model, make_masks(scores(model, options.method, seed, task, batches), share, options))
+    """Masks this share of the model's weights. Masked ones stay so: 0.5 twice is 0.5.
+
+    More than this share goes where an older mask has taken more of a matrix, row or group than its part.
+    """
+    masks, older = make_masks(scores(model, options.method, seed, task, batches), share, options), masks_of(model)
+    set_masks(model, {name: mask & older[name] if name in older else mask for name, mask in masks.items()})
 
 
 # ---------------------------------------------------------------- ever more of them
@@ -230,6 +248,7 @@ def importance(model: nn.Module, part: str, method: str, alive: list[Tensor], se
                 loss = sum(task.loss(model, inputs).values())
             for total, gradient in zip(found, torch.autograd.grad(loss, gates), strict=True):
                 total += gradient.abs().sum(dim=0)
+    found = [values * gate for values, gate in zip(found, alive, strict=True)]  # of those that are still there
     return [values / values.norm().clamp(min=1e-12) for values in found]
 
 
@@ -269,8 +288,11 @@ def choose_units(
 
 
 def check_units(model: nn.Module, part: str, options: PruneConfig) -> None:
-    """Refuses to take away all of a layer, or heads that share their keys and values."""
+    """Refuses to take away none, all of a layer, or heads that share their keys and values."""
     config, counts = model.config, sizes(model, part)
+    total = sum(round(options.sparsity * n) for n in (counts if options.scope == "layer" else [sum(counts)]))
+    if not total:
+        raise UserError(f"--sparsity {options.sparsity}: of {counts[0]} {part} in a layer none would go; give more")
     if part == "heads" and config.n_kv_heads and any(h != config.n_kv_heads for h in counts):
         raise UserError("--pattern heads: these heads share keys and values (n_kv_heads); prune neurons instead")
     if options.scope == "layer":

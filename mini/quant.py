@@ -13,30 +13,34 @@ served: the weights in a quarter of the space, multiplied by the hardware's int8
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini.config import QuantConfig
 from mini.transformer import SMALL_HEADS, Linear
-from mini.watch import RealTokens, run_all, watching
+from mini.watch import run_all, watching
 
-MOMENTUM = 0.01  # of the ranges that move with the training
 SAMPLE = 2**14  # values that an observer keeps of each batch
 # For torch.compile: an activation is needed twice, for its largest value and to be divided by it. Without this, CPU
 # code computes GELU both times.
 INDUCTOR = {"realize_opcount_threshold": 8}
+RANGE = ".input.range"  # of a static layer, behind its name in files
 
 
 # ---------------------------------------------------------------- numbers
 def quantize(x: Tensor, scale: Tensor, zero: Tensor | float = 0.0, low: int = -127) -> Tensor:
-    """round(x / scale) + zero, within low..127, as floats.
+    """round(x / scale + zero), within low..127, as floats.
 
-    The gradient passes straight through the rounding, but is zero where x lies outside of the range: there a small
-    change of x changes nothing (Bengio et al. 2013; Krishnamoorthi 2018, eq. 9).
+    The gradient passes straight through the rounding, but is zero for values that are cut off: there a small change of
+    x changes nothing (Bengio et al. 2013; Krishnamoorthi 2018, eq. 9). The largest value itself, x / scale = 127 but
+    for the last bit, is not.
     """
-    y = (x / scale + zero).clamp(low, 127)
-    return y + (y.round() - y).detach() if torch.is_grad_enabled() else y.round_()
+    y = x / scale + zero
+    if not torch.is_grad_enabled():
+        return y.round_().clamp_(low, 127)
+    y = y.clamp(low - 1e-3, 127 + 1e-3)
+    return y + (y.round() - y).detach()
 
 
 def row_scales(weight: Tensor) -> Tensor:
@@ -52,11 +56,8 @@ def affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return scale, (-128 - (low / scale).round()).clamp(-128, 127)
 
 
-def dequantized(product: Tensor, scale: Tensor, zero: Tensor | float, weight_scale: Tensor, sums: Tensor | None,
-                bias: Tensor | None) -> Tensor:  # fmt: skip
-    """The equation at the top: product (.., out) of whole numbers; scale (.., 1) or (); weight_scale, sums (out,)."""
-    if sums is not None:
-        product = product - zero * sums
+def dequantized(product: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """s_x s_w · product + b: product (.., out) of whole numbers; scale (.., 1) or (); weight_scale (out,)."""
     y = product * (scale * weight_scale)
     return y if bias is None else y + bias
 
@@ -84,20 +85,15 @@ class DynamicInput(nn.Module):
 
 
 class StaticInput(KeepsFloat32):
-    """One scale and zero point for all tokens. While a model trains, the range follows what real tokens need."""
+    """One scale and zero point for all tokens, from a range that an observer has found; weights train within it."""
 
-    def __init__(self, real: RealTokens, low: float = 0.0, high: float = 0.0):
+    def __init__(self, low: float, high: float):
         super().__init__()
-        self.real = real
         self.register_buffer("range", torch.tensor([low, high]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.training:
-            tokens = self.real(x.detach()).float()
-            seen = torch.stack([tokens.min(), tokens.max()])
-            self.range.copy_(torch.where(self.range.any(), self.range.lerp(seen, MOMENTUM), seen))
         scale, zero = affine(*self.range)
-        return quantize(x, scale, zero, low=-128), scale, zero
+        return quantize(x.float(), scale, zero, low=-128), scale, zero
 
 
 class Observer:
@@ -109,6 +105,7 @@ class Observer:
 
     def __init__(self, kind: str):
         self.kind, self.low, self.high, self.kept = kind, None, None, []
+        self.generator = torch.Generator().manual_seed(0)
 
     def see(self, x: Tensor) -> None:
         """x (N, C): real tokens only."""
@@ -120,18 +117,19 @@ class Observer:
         else:
             self.low, self.high = torch.minimum(low, self.low), torch.maximum(high, self.high)
         if self.kind in ("percentile", "mse"):
-            flat = x.flatten()
-            self.kept.append(flat[:: max(1, len(flat) // SAMPLE)].clone())
+            places = torch.randint(x.numel(), (min(SAMPLE, x.numel()),), generator=self.generator)
+            self.kept.append(x.flatten()[places.to(x.device)].float().cpu())
 
     def range(self) -> tuple[float, float]:
         low, high = float(self.low), float(self.high)
         if self.kind == "percentile":
-            edges = torch.tensor([0.00005, 0.99995])
-            low, high = torch.cat(self.kept).float().cpu().quantile(edges).tolist()
+            low, high = np.quantile(torch.cat(self.kept).numpy(), [0.00005, 0.99995]).tolist()
         if self.kind == "mse":
-            values = torch.cat(self.kept).float()
-            shares = [i / 50 for i in range(10, 51)]  # of the whole range
-            low, high = min(((low * s, high * s) for s in shares), key=lambda ends: rounding_error(values, *ends))
+            values = torch.cat(self.kept)
+            shares = [i / 50 for i in range(1, 51)]  # of the whole range, from each side, one after the other
+            for _ in range(2):
+                high = min((high * s for s in shares), key=lambda end: rounding_error(values, low, end))
+                low = min((low * s for s in shares), key=lambda end: rounding_error(values, end, high))
         return low, high
 
 
@@ -151,10 +149,9 @@ class FakeQuantLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         q, scale, zero = self.input(x)
         weight_scale = row_scales(self.weight)
-        weight = quantize(self.weight, weight_scale)
-        sums = weight.sum(dim=1) if isinstance(self.input, StaticInput) else None
-        # Whole numbers up to 128 are exact in bfloat16 as well; under autocast their sums are rounded.
-        return dequantized(F.linear(q, weight).float(), scale, zero, weight_scale[:, 0], sums, self.bias).to(x.dtype)
+        # Whole numbers up to 256 are exact in bfloat16, too; under autocast only their sums are rounded.
+        product = F.linear(q - zero, quantize(self.weight, weight_scale)).float()
+        return dequantized(product, scale, weight_scale[:, 0], self.bias).to(x.dtype)
 
 
 class FakeQuantEmbedding(nn.Embedding):
@@ -174,9 +171,9 @@ class FakeQuantEmbedding(nn.Embedding):
 class Int8(KeepsFloat32):
     """A matrix as int8 with a scale for each row."""
 
-    def __init__(self, weight: Tensor, scale: Tensor):
+    def __init__(self, weight: nn.Parameter, scale: Tensor):
         super().__init__()
-        self.register_buffer("weight", weight)  # (out, in) int8
+        self.weight = weight  # (out, in) int8; a parameter, though it never learns: so a tied one stays one
         self.register_buffer("scale", scale)  # (out,)
 
 
@@ -198,7 +195,7 @@ class Int8Embedding(Int8):
 
 
 class Int8Linear(Int8):
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, input: nn.Module):
+    def __init__(self, weight: nn.Parameter, scale: Tensor, bias: nn.Parameter | None, input: nn.Module):
         super().__init__(weight, scale)
         self.out_features, self.in_features = weight.shape
         self.bias, self.input = bias, input
@@ -207,7 +204,9 @@ class Int8Linear(Int8):
     def forward(self, x: Tensor) -> Tensor:
         q, scale, zero = self.input(x)
         product = int8_matmul(q.flatten(0, -2), self.weight).view(*x.shape[:-1], -1)
-        return dequantized(product, scale, zero, self.scale, self.sums, self.bias).to(x.dtype)
+        if self.sums is not None:
+            product = product - zero * self.sums
+        return dequantized(product, scale, self.scale, self.bias).to(x.dtype)
 
 
 def int8_matmul(q: Tensor, weight: Tensor) -> Tensor:
@@ -250,18 +249,20 @@ def matrices(model: nn.Module, kinds: type | tuple = nn.Linear) -> dict[str, nn.
 
 
 def calibrate(model: nn.Module, observer: str, task, batches: list) -> dict[str, tuple[float, float]]:
-    """The range of each linear layer's input, of the model as it is, from a forward pass of each batch."""
+    """The range of each linear layer's input, of the model as it is; none for layers that the task does not use."""
     observers = {name: Observer(observer) for name in matrices(model)}
     with watching(model, matrices(model), lambda name, x, y: observers[name].see(x)):
         run_all(task, model, batches)
-    return {name: seen.range() for name, seen in observers.items()}
+    return {name: seen.range() for name, seen in observers.items() if seen.low is not None}
 
 
-def prepare(model: nn.Module, config: QuantConfig, ranges: dict[str, tuple[float, float]] | None = None) -> nn.Module:
-    """Gives a model the layers that learn, in place; parameters keep their names and stay tied."""
-    real = RealTokens(model.stack) if config.scheme != "dynamic" else None
+def prepare(model: nn.Module, ranges: dict[str, tuple[float, float]]) -> nn.Module:
+    """Gives a model the layers that learn, in place; parameters keep their names and stay tied.
+
+    ranges: of the layers whose inputs have one scale for all tokens; the others are dynamic.
+    """
     for name, layer in matrices(model).items():
-        input = StaticInput(real, *(ranges or {}).get(name, ())) if real else DynamicInput()
+        input = StaticInput(*ranges[name]) if name in ranges else DynamicInput()
         put(model, name, FakeQuantLinear(layer.weight, layer.bias, input))
     model.stack.tokens = FakeQuantEmbedding(model.stack.tokens.weight)
     return model.train(model.training)
@@ -270,12 +271,13 @@ def prepare(model: nn.Module, config: QuantConfig, ranges: dict[str, tuple[float
 @torch.no_grad()
 def convert(model: nn.Module) -> nn.Module:
     """Gives a prepared model the layers that are served, in place."""
-    done: dict[int, tuple[Tensor, Tensor]] = {}
+    done: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
-    def whole(weight: Tensor) -> tuple[Tensor, Tensor]:
+    def whole(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
         if id(weight) not in done:  # once for a matrix with two places
             scale = row_scales(weight)
-            done[id(weight)] = quantize(weight, scale).to(torch.int8), scale[:, 0].float()
+            q = quantize(weight, scale).to(torch.int8)
+            done[id(weight)] = nn.Parameter(q, requires_grad=False), scale[:, 0].float()
         return done[id(weight)]
 
     for name, layer in matrices(model, FakeQuantLinear).items():
@@ -296,6 +298,11 @@ def restore(model: nn.Module) -> nn.Module:
         put(model, name, FakeQuantLinear(floats(layer), layer.bias, layer.input))
     model.stack.tokens = FakeQuantEmbedding(floats(model.stack.tokens))
     return model.train(model.training)
+
+
+def ranges_of(tensors: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """What `prepare` needs to make the layers that these tensors are of: of weights(model), or of a file."""
+    return {n.removesuffix(RANGE): tuple(t.tolist()) for n, t in tensors.items() if n.endswith(RANGE)}
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -128,7 +128,7 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
         model, path = build(config), newest_weights(folder)
         tensors = prune.unpack(model, load_tensors(path), path)
         if config.quant:
-            quant.prepare(model, config.quant)
+            quant.prepare(model, quant.ranges_of(tensors))
             if path.parent == folder:  # a checkpoint holds what still learns
                 quant.convert(model)
         load_weights(model, tensors, folder)

@@ -32,6 +32,7 @@ from mini.data import ENCODER_TOKENS, LMWindows, MaskedSentences, init_tokenizer
 from mini.devices import World
 from mini.labelled import LabelledTexts, PromptAnswers, column_texts
 from mini.squad import QuestionAnswers, squad_texts
+from mini.storage import weights
 from mini.tokenizer import Tokenizer, make_tokenizer
 from mini.train import part_size, train
 
@@ -41,7 +42,9 @@ FINETUNE = dict(
 )  # fmt: skip
 SPECIAL = {"gpt": (), "bert": ENCODER_TOKENS}  # tokens that a model needs beside text
 # Training after compression: with the run's own learning rates (docs/log.md), which fall to zero.
-HEAL = dict(steps=0, epochs=0.0, schedule="linear", warmup=0.05, eval_every=0, sample_every=0, checkpoint_every=250)
+HEAL = dict(
+    steps=0, epochs=0.0, schedule="linear", warmup=0.05, min_lr=0.0, eval_every=0, sample_every=0, checkpoint_every=250,
+)  # fmt: skip
 # What a run to start from has settled.
 SHAPE = {"n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_ff", "vocab_size", "activation", "tied", "bias",
          "n_segments"}  # fmt: skip
@@ -220,6 +223,16 @@ def open_task(settings: Settings, world: World) -> tuple:
     return tasks.Answering(PromptAnswers(*common), tokenizer), tokenizer
 
 
+def open_own_task(settings: Settings, world: World) -> tuple:
+    """The task that the model of --init has learnt already: its classes have to be those of the data."""
+    task, tokenizer = open_task(settings, world)
+    n, source = settings.model.n_classes, settings.run.init
+    if len(task.labels) != n or (settings.labels and list(task.labels) != settings.labels):
+        knows = ", ".join(settings.labels) or f"{n} classes without names"
+        raise UserError(f"{settings.data.train} has the labels {', '.join(task.labels)}, but {source} knows {knows}")
+    return task, tokenizer
+
+
 def make_model(settings: Settings, task, tokenizer: Tokenizer, **heads) -> nn.Module:
     """The model with these heads, its weights fresh from the seed or those of --init."""
     labels = task.labels
@@ -231,7 +244,7 @@ def make_model(settings: Settings, task, tokenizer: Tokenizer, **heads) -> nn.Mo
     torch.manual_seed(settings.train.seed)
     model = runs.MODELS[settings.kind](settings.model)
     if settings.quant:
-        quant.prepare(model, settings.quant)
+        quant.prepare(model, quant.ranges_of(weights(settings.start)))
     if settings.start:
         runs.start_from(model, settings.start, settings.run.init, keep_classes=labels == settings.labels)
     return model

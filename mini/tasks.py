@@ -162,8 +162,8 @@ class MaskedLanguageModelling:
         for row in range(len(targets)):
             shown = inputs["tokens"].gather(1, inputs["places"])[row] == self.tokenizer.mask  # (M,)
             at = int((shown & (targets[row] >= 0)).int().argmax())
-            place, ids = int(inputs["places"][row, at]), inputs["tokens"][row].clone()
-            ids[inputs["places"][row]] = torch.where(targets[row] >= 0, targets[row], ids[inputs["places"][row]])
+            place, ids, chosen = int(inputs["places"][row, at]), inputs["tokens"][row].clone(), targets[row] >= 0
+            ids[inputs["places"][row, chosen]] = targets[row, chosen]
             first, last = max(1, place - 12), min(int(inputs["lengths"][row]), place + 13)
             before, after = (self.readable(part) for part in (ids[first:place], ids[place + 1 : last]))
             likeliest = zip(guesses[row, at].tolist(), values[row, at].tolist(), strict=True)

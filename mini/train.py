@@ -76,7 +76,7 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
     if wanted and can_compile(world.device, world.say):
         objective = torch.compile(objective)
     if world.size > 1:
-        objective = DistributedDataParallel(objective)
+        objective = DistributedDataParallel(objective, broadcast_buffers=False)  # all ranks compute the same ones
     speed = Speedometer(model, task, dtype, world, state)
 
     began = time.perf_counter() - state["seconds"]
@@ -89,6 +89,7 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak_lr"] * share
             losses, n_tokens = backward(objective, task, step, part, options, dtype, world)
+            prune.hold_gradients(model)
             loss, norm = sum(losses.values()), clip_gradients(model, optim.clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise diverged(step + 1, f"the loss is {loss} and the gradient norm {norm}", step, folder)

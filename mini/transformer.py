@@ -314,12 +314,6 @@ def vocabulary_logits(scores: Tensor, config: ModelConfig) -> Tensor:
     return config.logit_softcap * torch.tanh(scores / config.logit_softcap) if config.logit_softcap else scores
 
 
-def count_weights(model: nn.Module) -> int:
-    """Parameters, those of tied matrices once, and what int8 layers have in their place."""
-    matrices = {id(b): b.numel() for b in model.buffers() if b.dtype == torch.int8}
-    return sum(p.numel() for p in model.parameters()) + sum(matrices.values())
-
-
 def init_weights(module: nn.Module) -> None:
     """N(0, 0.02), biases zero (Radford et al. 2018; Devlin et al. 2019)."""
     if isinstance(module, nn.Linear | nn.Embedding):

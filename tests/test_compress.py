@@ -84,7 +84,7 @@ def test_chain_of_a_gpt(gpt, tmp_path, command):
     text = command("-m", "mini", "sample", c, "The cat", "--temperature", 0, "--max_new_tokens", 20).stdout
     assert text.startswith("The cat") and len(text) > 20
     model, _ = load_run(c)
-    assert all((model.get_buffer(n)[~m] == 0).all() for n, m in p.masks_of(model).items())
+    assert all((model.get_parameter(n)[~m] == 0).all() for n, m in p.masks_of(model).items())
 
 
 @pytest.mark.parametrize("schedule", ["oneshot", "cubic"])
@@ -140,8 +140,41 @@ def test_quantized_runs_train_on_in_their_form(classifier, tmp_path, command):
     model, _ = load_run(c)
     masks = p.masks_of(model)
     assert p.sparsity(model) == pytest.approx(0.5, abs=1e-3) and len(masks) == len(p.masks_of(load_run(a)[0]))
-    assert all((model.get_buffer(n)[~m] == 0).all() for n, m in masks.items())
+    assert all((model.get_parameter(n)[~m] == 0).all() for n, m in masks.items())
     assert model.stack.tokens.weight.dtype == torch.int8 and size(c) < 0.5 * size(classifier)
+
+
+def test_quantized_training_survives_an_interruption(gpt, tmp_path, command):
+    """From its checkpoint, ranges among it, the run ends as the one that never stopped, to the bit."""
+    flags = ["quantize", gpt, "--scheme", "qat", "--steps", 20, "--checkpoint_every", 10]
+    command("compress.py", *flags, "--out", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "result.json").unlink()
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    assert "going on from" in command("compress.py", *flags, "--out", tmp_path / "cut").stdout
+    whole, cut = (load_tensors(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("flags", [["prune", "--schedule", "cubic"], ["quantize", "--scheme", "qat"]])
+def test_several_processes_and_parts_make_the_same_run(gpt, tmp_path, command, flags):
+    what, *flags = flags
+    flags += ["--steps", 6, "--dtype", "float32"]
+    one = last_json(compress(command, what, gpt, tmp_path / "one", *flags))
+    argv = ["compress.py", what, gpt, "--out", tmp_path / "two", *flags, "--accumulation", 2]
+    two = last_json(command(*argv, torchrun=2))
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
+
+
+def test_labels_have_to_be_those_of_the_run(classifier, tmp_path, command):
+    rows = (classifier.parent / "train.tsv").read_text()
+    (tmp_path / "other.tsv").write_text(rows.replace("\tgood", "\tpositive"))
+    (tmp_path / "more.tsv").write_text(rows + "neither\tunsure\n" * 2)
+    for name, words in (("other.tsv", "bad, positive"), ("more.tsv", "bad, good, unsure")):
+        flags = ["--train", tmp_path / name, "--valid", tmp_path / name]
+        done = compress(command, "prune", classifier, tmp_path / "x", *flags, status=2)
+        assert f"the labels {words}, but" in done.stderr and "knows bad, good" in done.stderr
+        assert not (tmp_path / "x").exists()
 
 
 def test_int8_file_is_a_quarter(text_file, tmp_path, command):
@@ -184,6 +217,13 @@ def test_report(gpt, tmp_path, command):
     assert all(row["ms_1_1"] > 0 and row["ms_8_32"] > 0 and row["memory_mb"] >= 0 for row in rows)
 
 
+def test_report_of_different_tasks(bert, classifier, tmp_path, command):
+    """What a run was not judged by is a dash, not an end."""
+    command("compress.py", "report", classifier, bert, "--out", tmp_path / "report", "--repeats", 2)
+    rows = (tmp_path / "report" / "report.md").read_text().strip().splitlines()
+    assert rows[-1].count("| - |") >= 1 and "accuracy" in rows[2] and str(bert) in rows[-1]
+
+
 @pytest.mark.parametrize(
     "what, flags, message",
     [
@@ -199,6 +239,10 @@ def test_report(gpt, tmp_path, command):
         ("quantize", ["--scheme", "static", "--calibrate", "0"], "calibrate 0"),
         ("quantize", ["--scheme", "qat"], "how long with --steps"),
         ("prune", ["--schedule", "cubic"], "how long with --steps"),
+        ("prune", ["--pattern", "2:4", "--sparsity", "0.5"], "leave --sparsity out"),
+        ("prune", ["--pattern", "heads", "--sparsity", "0.1"], "none would go"),
+        ("quantize", ["--observer", "mse"], "no ranges to find"),
+        ("reduce", ["--keep", "0", "--by", "first"], "--keep names them"),
         ("prune", ["--steps", "3", "--epochs", "1"], "give one of them"),
         ("reduce", [], "--keep"),
         ("reduce", ["--keep", "0,2"], "no 2"),

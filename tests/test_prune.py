@@ -131,6 +131,26 @@ def test_half_twice_is_half():
     assert all(n > before[name] for name, n in zeros(model).items())
 
 
+@pytest.mark.parametrize("then", [PruneConfig(0.5), PruneConfig(0.5, scope="global"), PruneConfig(pattern="2:4")])
+def test_masked_weights_stay_masked_whatever_comes_next(then):
+    for first in (PruneConfig(0.5, scope="global"), PruneConfig(0.5, method="random"), PruneConfig(pattern="2:4")):
+        model = make(GPT_WAYS[0])
+        p.prune(model, first, 0.5, 0)
+        before = {name: mask.clone() for name, mask in p.masks_of(model).items()}
+        p.prune(model, then, 0.5, 0)
+        assert not any((mask & ~before[name]).any() for name, mask in p.masks_of(model).items())
+
+
+def test_gradients_of_masked_weights_do_not_count():
+    model = make(GPT_WAYS[0])
+    p.prune(model, PruneConfig(0.9), 0.9, 0)
+    model.loss(tokens(), tokens().roll(-1, 1))["loss"].backward()
+    p.hold_gradients(model)
+    for name, mask in p.masks_of(model).items():
+        gradient = model.get_parameter(name).grad
+        assert (gradient[~mask] == 0).all() and gradient[mask].abs().sum() > 0
+
+
 def test_cubic():
     assert p.cubic(0.5, 0.9) == pytest.approx(0.7875) and p.cubic(0, 0.9) == 0 and p.cubic(1, 0.9) == 0.9
     assert p.cubic(0, 0.9, 0.5) == 0.5
