@@ -1,13 +1,28 @@
 """Make a run smaller: prune, quantize or reduce it; each writes a run that every other command opens."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from mini import compare, prune, quant
-from mini.config import PruneConfig, QuantConfig, ReduceConfig, UserError, dispatch, parse_flags, run_command
+from mini import compare, distill, prune, quant, runs
+from mini.config import (
+    DistillConfig,
+    PruneConfig,
+    QuantConfig,
+    ReduceConfig,
+    UserError,
+    dispatch,
+    parse_flags,
+    run_command,
+)
+from mini.devices import pick_dtype
 from mini.start import Settings, make_world, open_own_task, read_compression, run
+from mini.tokenizer import load_tokenizer
+from mini.train import describe, evaluate
 
 CALIBRATION_BATCH = 32
+QAT_LR = 0.1  # of the run's own: rounding does little harm, and high learning rates do more (docs/log.md)
 
 
 def prune_run(argv: list[str]) -> None:
@@ -42,7 +57,7 @@ def prune_run(argv: list[str]) -> None:
 
 def quantize_run(argv: list[str]) -> None:
     """Give a run int8 matrices, and with --steps train them in that form."""
-    s = read_compression(argv, "quant", quantize_run.__doc__, QuantConfig)
+    s = read_compression(argv, "quant", quantize_run.__doc__, QuantConfig, lr_share=QAT_LR)
     if quant.is_int8(s.start) or quant.is_prepared(s.start):
         raise UserError(f"{s.run.init} is quantized already: start from the run it was made of")
     if s.quant.scheme == "qat" and not (s.train.steps or s.train.epochs):
@@ -90,21 +105,30 @@ def chosen_layers(s: Settings) -> list[int] | None:
     if options.layers:
         if options.layers > n:
             raise UserError(f"--layers {options.layers}: {s.run.init} has {n}")
-        ways = {
-            "uniform": prune.spread(options.layers, n),
-            "first": list(range(options.layers)),
-            "last": list(range(n - options.layers, n)),
-        }
-        return ways.get(options.by)
-    try:
-        keep = [int(part) for part in options.keep.split(",")]
-    except ValueError:
-        raise UserError(f"--keep {options.keep}: expected numbers of layers, such as 0,2,4") from None
-    if wrong := [i for i in keep if not 0 <= i < n]:
-        raise UserError(f"--keep {options.keep}: {s.run.init} has layers 0 to {n - 1}, and no {wrong[0]}")
-    if keep != sorted(set(keep)):
-        raise UserError(f"--keep {options.keep}: give each layer once, in rising order")
-    return keep
+        return None if options.by == "influence" else prune.chosen_layers("by", options.by, options.layers, n)
+    return prune.chosen_layers("keep", options.keep, n, n)
+
+
+def distill_run(argv: list[str]) -> None:
+    """Teach a smaller model what a run computes."""
+    s = read_compression(argv, "distill", distill_run.__doc__, DistillConfig, training={})
+    options, teacher, source = s.distill, s.start, s.run.init
+    if options.init:
+        s.start = runs.load_model(options.init, s.kind)
+        if load_tokenizer(options.init).fingerprint != s.tokenizer.fingerprint:
+            raise UserError(f"--init {options.init}: it has another tokenizer than {source}")
+    else:
+        torch.manual_seed(s.train.seed)
+        s.start = distill.make_student(teacher, options)
+    world = make_world(s.train)
+    task, tokenizer = open_own_task(s, world)
+    lesson = distill.Distillation(task, s.start, teacher.to(world.device), options)
+    if not runs.checkpoints(Path(s.run.out)):  # where there are, the teacher has been looked at
+        figures = evaluate(teacher, task, world, pick_dtype(s.train.dtype, world.device), CALIBRATION_BATCH)
+        world.say(f"The teacher: {describe(figures)}")
+        if not task.beats_chance(figures):
+            raise UserError(f"{source} is no better than chance at this task: there is nothing to learn from it")
+    finish(s, lesson, tokenizer, world)
 
 
 def report(argv: list[str]) -> None:
@@ -129,6 +153,7 @@ COMMANDS = {
     "prune": (prune_run, prune_run.__doc__),
     "quantize": (quantize_run, quantize_run.__doc__),
     "reduce": (reduce_run, reduce_run.__doc__),
+    "distill": (distill_run, distill_run.__doc__),
     "report": (report, report.__doc__),
 }
 

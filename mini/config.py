@@ -262,6 +262,57 @@ class ReduceConfig(Checked):
     calibrate: int = option(256, "training examples that influence looks at", low=1)
 
 
+# What a student learns, and how much each counts: Hinton et al. 2015, §2; Sanh et al. 2019, §3; Jiao et al. 2020, §3.1;
+# Wang et al. 2021, with the labels beside, for the head.
+RECIPES = {
+    "hinton": dict(soft=0.5, hard=0.5),
+    "distilbert": dict(soft=5.0, hard=2.0, cosine=1.0),
+    "tinybert": dict(embedding=1.0, hidden=1.0, attention=1.0),
+    "minilm": dict(relations=1.0, hard=1.0),
+}
+
+
+@dataclass
+class DistillConfig(Checked):
+    """Who learns, and what of its teacher; the weight of a loss is the recipe's, if no flag gives it."""
+
+    recipe: str = option("hinton", "losses and weights of these papers", tuple(RECIPES))
+    student: str = option("distilbert", "a size relative to the teacher's",
+                          ("distilbert", "tinybert4", "tinybert6", "minilm6", "distilgpt2"))  # fmt: skip
+    n_layers: int = option(0, "of the student; 0: as its size has", low=0)
+    n_heads: int = option(0, "of the student; 0: as the teacher has", low=0)
+    d_model: int = option(0, "of the student; 0: as its size has", low=0)
+    d_ff: int = option(0, "of the student; 0: in proportion", low=0)
+    start: str = option("auto", "random, or layers of the teacher: uniform, first, last, or 0,2,4; auto: if they fit")
+    init: str | None = option(None, "a run that the student goes on from, instead of --student and --start")
+    layer_map: str = option("uniform", "who learns from which layer: uniform, last, first, or teacher:student 0:0,2:1")
+    temperature: float = option(2.0, "of the soft targets", low=0.01)
+    alpha: float | None = option(None, "weight of the soft targets, 1 - alpha that of the labels", low=0, high=1)
+    hard: float | None = option(None, "weight of the task's own loss, of the labels", low=0)
+    soft: float | None = option(None, "weight of the soft targets (Hinton)", low=0)
+    cosine: float | None = option(None, "weight of the last hidden states' direction (DistilBERT)", low=0)
+    embedding: float | None = option(None, "weight of the embeddings' error (TinyBERT)", low=0)
+    hidden: float | None = option(None, "weight of the hidden states' error (TinyBERT)", low=0)
+    attention: float | None = option(None, "weight of the attention scores' error (TinyBERT)", low=0)
+    relations: float | None = option(None, "weight of the attention relations (MiniLM)", low=0)
+    relation_heads: int = option(0, "heads into which relations are cut; 0: as the teacher has", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.alpha is not None and (self.soft is not None or self.hard is not None):
+            raise UserError("--alpha is --soft, and 1 - alpha --hard: give alpha or those")
+        if not any(self.weights().values()):
+            raise UserError("every loss has the weight 0: there is nothing to learn")
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each loss."""
+        names = ("hard", "soft", "cosine", "embedding", "hidden", "attention", "relations")
+        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.alpha is not None:
+            chosen |= dict(soft=self.alpha, hard=1 - self.alpha)
+        return dict.fromkeys(names, 0.0) | RECIPES[self.recipe] | chosen
+
+
 TASK_CONFIGS = {"mlm": MLMConfig, "classify": ClassifyConfig, "qa": QAConfig}  # the flags of one task only
 
 

@@ -363,6 +363,22 @@ def influence(model: nn.Module, task, batches: list) -> list[float]:
     return [1 - total / count for total, count in zip(sums, counts, strict=True)]
 
 
+def chosen_layers(flag: str, spec: str, n: int, total: int) -> list[int]:
+    """n of `total` layers: spread uniform, the first, the last; or those that a list such as 0,2,4 names."""
+    ways = {"uniform": spread(n, total), "first": list(range(n)), "last": list(range(total - n, total))}
+    if spec in ways:
+        return ways[spec]
+    try:
+        keep = [int(part) for part in spec.split(",")]
+    except ValueError:
+        raise UserError(f"--{flag} {spec}: expected numbers of layers, such as 0,2,4") from None
+    if wrong := [i for i in keep if not 0 <= i < total]:
+        raise UserError(f"--{flag} {spec}: there are layers 0 to {total - 1}, and no {wrong[0]}")
+    if keep != sorted(set(keep)):
+        raise UserError(f"--{flag} {spec}: give each layer once, in rising order")
+    return keep
+
+
 def spread(n: int, total: int) -> list[int]:
     """n of `total` layers, evenly spread, the first and the last among them: DistilBERT's 0, 2, 4, 7, 9, 11 of 12."""
     return [int(i * (total - 1) / max(1, n - 1) + 0.5) for i in range(n)]

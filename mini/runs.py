@@ -27,6 +27,7 @@ from mini.bert import Bert
 from mini.config import (
     TASK_CONFIGS,
     DataConfig,
+    DistillConfig,
     ModelConfig,
     OptimConfig,
     PruneConfig,
@@ -77,6 +78,7 @@ class RunConfig:
     tokens: str = ""  # checksum of the training and validation tokens
     prune: PruneConfig | None = None  # what compress.py has done to the weights of init
     reduce: ReduceConfig | None = None
+    distill: DistillConfig | None = None
     quant: QuantConfig | None = None  # in what form the matrices are
 
     def save(self, folder: str | Path) -> None:
@@ -94,7 +96,7 @@ def read_config(folder: str | Path) -> RunConfig:
         raise UserError(f"{path}: not written by this version of mini")
     parts = dict(model=ModelConfig, data=DataConfig, optim=OptimConfig, train=TrainConfig)
     optional = dict(task_options=TASK_CONFIGS.get(values.get("task")), prune=PruneConfig, reduce=ReduceConfig,
-                    quant=QuantConfig)  # fmt: skip
+                    distill=DistillConfig, quant=QuantConfig)  # fmt: skip
     parts |= {name: cls for name, cls in optional.items() if values.get(name)}
     with settings_of("run", path):
         return from_dict(RunConfig, values | {name: from_dict(cls, values[name]) for name, cls in parts.items()})
@@ -126,7 +128,8 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
     else:
         config = read_config(folder)
         model, path = build(config), newest_weights(folder)
-        tensors = prune.unpack(model, load_tensors(path), path)
+        tensors = {n: t for n, t in load_tensors(path).items() if not n.startswith("projections.")}  # while distilling
+        tensors = prune.unpack(model, tensors, path)
         if config.quant:
             quant.prepare(model, quant.ranges_of(tensors))
             if path.parent == folder:  # a checkpoint holds what still learns

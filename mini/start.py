@@ -15,6 +15,7 @@ from mini.config import (
     TASK_CONFIGS,
     CompressOptions,
     DataConfig,
+    DistillConfig,
     ModelConfig,
     OptimConfig,
     PruneConfig,
@@ -41,7 +42,7 @@ FINETUNE = dict(
     epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
 )  # fmt: skip
 SPECIAL = {"gpt": (), "bert": ENCODER_TOKENS}  # tokens that a model needs beside text
-# Training after compression: with the run's own learning rates (docs/log.md), which fall to zero.
+# Training after compression: with the run's own learning rates, which fall to zero.
 HEAL = dict(
     steps=0, epochs=0.0, schedule="linear", warmup=0.05, min_lr=0.0, eval_every=0, sample_every=0, checkpoint_every=250,
 )  # fmt: skip
@@ -68,6 +69,7 @@ class Settings:
     quant: QuantConfig | None = None  # the form of its matrices
     prune: PruneConfig | None = None  # what compress.py is to do with it
     reduce: ReduceConfig | None = None
+    distill: DistillConfig | None = None
 
 
 def read_settings(
@@ -138,17 +140,19 @@ def open_run(source: str, tokenizer: str | None = None) -> Settings:
     return settings
 
 
-def read_compression(argv: list[str], name: str, description: str, recipe: type) -> Settings:
+def read_compression(
+    argv: list[str], name: str, description: str, recipe: type, training: dict = HEAL, lr_share: float = 1.0
+) -> Settings:
     """Reads `RUN --out RUN2 ...` of compress.py into Settings, `name` the field for the recipe of that class.
 
-    Data and optimizer are those of the run, unless flags say otherwise; --steps is 0 without one.
+    Data and optimizer are those of the run, learning rates times lr_share, unless `training` or flags say otherwise.
     """
     source = next((word for word in argv[:1] if not word.startswith("-")), None)
     # Without a source: --help, or a RUN that is missing.
     settings = open_run(source, peek(argv, "tokenizer", None)) if source else None
     parts = [settings.data, settings.optim, settings.train] if source else [DataConfig(), OptimConfig(), TrainConfig()]
     defaults = {f: v for part in parts for f, v in dataclasses.asdict(part).items()}
-    defaults |= HEAL
+    defaults |= {f: lr_share * defaults[f] for f in ("lr", "embed_lr", "head_lr")} | training
     defaults = {f: v for f, v in defaults.items() if f not in field_names(recipe)}
     (options, chosen, *parts), given = parse_flags(
         argv, [CompressOptions, recipe, *map(type, parts)], description, **defaults
@@ -160,6 +164,8 @@ def read_compression(argv: list[str], name: str, description: str, recipe: type)
     if {"steps", "epochs"} <= given:
         raise UserError("--steps and --epochs: give one of them")
     settings.data, settings.optim, settings.train = parts
+    if "steps" in given:
+        settings.train.epochs = 0.0
     if "schedule" in field_names(recipe):  # then the flag of this name is the recipe's
         settings.optim.schedule = HEAL["schedule"]
     settings.run.out, settings.run.overwrite, settings.given = options.out, options.overwrite, given
@@ -255,7 +261,7 @@ def run(settings: Settings, model: nn.Module, task, tokenizer: Tokenizer, world:
     s = settings
     config = runs.RunConfig(
         s.kind, s.run.task, s.model, s.data, s.optim, s.train, s.task_options, s.run.init, list(task.labels),
-        task.data.checksum, s.prune, s.reduce, s.quant,
+        task.data.checksum, s.prune, s.reduce, s.distill, s.quant,
     )  # fmt: skip
     out = Path(s.run.out)
     locked = world.main_first(lambda: runs.start_run(out, config, tokenizer, s.run.overwrite, world.main))

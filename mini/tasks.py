@@ -8,6 +8,7 @@ A task has
     loss(model, inputs)     {name: summed loss}; the loop divides by Batch.counts[name]
     measure(model, inputs)  {name: tensor} of sums over a validation batch; the loop adds them up over all of them
     metrics(sums)           those sums and counts as figures
+    beats_chance(figures)   whether they are better than those of a guess
     summary(result)         lines that tell a person what the final figures mean
     sample(model)           a text that shows a person what the model can do, or None
     command, example()      the command of `python -m mini` that uses the run, and what to try it with
@@ -46,6 +47,9 @@ class LanguageModelling:
         loss, count, n_bytes = (float(sums[name]) for name in ("loss", "count/loss", "count/bytes"))
         figures = {"val_loss": loss / count}
         return figures | {"val_bpb": bits_per_byte(loss, n_bytes)} if self.tokenizer.lossless else figures
+
+    def beats_chance(self, figures: dict) -> bool:
+        return figures["val_loss"] < 0.99 * math.log(self.tokenizer.vocab_size)  # which rounding alone does not reach
 
     def summary(self, result: dict) -> list[str]:
         perplexity = math.exp(min(result["val_loss"], 99))
@@ -138,6 +142,9 @@ class MaskedLanguageModelling:
             figures["val_loss"] += nsp
         return figures
 
+    def beats_chance(self, figures: dict) -> bool:
+        return figures["mlm_loss"] < figures["unigram_loss"]
+
     def summary(self, result: dict) -> list[str]:
         lines = [
             f"Masked tokens: validation loss {result['mlm_loss']:.4f} nats (by frequency alone "
@@ -218,6 +225,9 @@ class Classification:
             **classification_report(confusion, self.data.labels),
         }
 
+    def beats_chance(self, figures: dict) -> bool:
+        return figures["accuracy"] > figures["majority"]
+
     def summary(self, result: dict) -> list[str]:
         lines = [
             f"Validation loss {result['val_loss']:.4f} nats, accuracy {result['accuracy']:.4f} (always the largest "
@@ -271,6 +281,9 @@ class QuestionAnswering:
         answers = collect(self.data.valid, sums["spans"].cpu())
         figures = judge(self.data.questions, answers, self.data.has_impossible)
         return {"val_loss": float(sums["loss"] / sums["count/loss"]), **figures}
+
+    def beats_chance(self, figures: dict) -> bool:
+        return figures["f1"] > 0
 
     def summary(self, result: dict) -> list[str]:
         n = len(self.data.questions)

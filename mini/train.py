@@ -90,7 +90,8 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
                 group["lr"] = group["peak_lr"] * share
             losses, n_tokens = backward(objective, task, step, part, options, dtype, world)
             prune.hold_gradients(model)
-            loss, norm = sum(losses.values()), clip_gradients(model, optim.clip)
+            loss = sum(loss_weight(task, name) * value for name, value in losses.items())
+            norm = clip_gradients(model, optim.clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise diverged(step + 1, f"the loss is {loss} and the gradient norm {norm}", step, folder)
             for optimizer in optimizers:
@@ -131,6 +132,7 @@ def train(model: nn.Module, task, config: RunConfig, folder: Path, world: World)
                 world.leave()
                 raise SystemExit(128 + stop)
 
+    model.projections = None  # of distillation: they have served
     if not steps:  # a run that is only judged
         figures = state["best"] = evaluate(model, task, world, dtype, part)
         world.say(describe(figures))
@@ -171,7 +173,7 @@ def finish(model: nn.Module, result: dict, folder: Path, config: RunConfig) -> N
     if (best := folder / "best.safetensors").exists():
         load_weights(model, load_tensors(best), folder)
     size = runs.save_model(model, folder)
-    if config.prune or config.reduce or config.quant:
+    if config.prune or config.reduce or config.quant or config.distill:
         result["bytes"] = size
     plot_metrics(runs.read_metrics(folder), folder / "loss.png")
     write_json(folder / "result.json", result)
@@ -228,10 +230,16 @@ def backward(
                 losses = objective(batch.to(world.device).inputs)
             # Σ over all parts and ranks of (a part's summed loss / the whole batch's count) is the batch's mean loss.
             # Backward passes add up a rank's parts; DDP averages over the ranks, so world.size makes that a sum.
-            sum(world.size / count * losses[name] for name, count in zip(names, counts, strict=True)).backward()
+            shares = [loss_weight(task, n) * world.size / count for n, count in zip(names, counts, strict=True)]
+            sum(share * losses[name] for name, share in zip(names, shares, strict=True)).backward()
         sums += torch.stack([losses[name].detach() for name in names])
     values = world.sum(sums).tolist()
     return {name: v / c for name, v, c in zip(names, values, counts, strict=True)}, n_tokens
+
+
+def loss_weight(task, name: str) -> float:
+    """What a loss counts in the sum: 1, but for tasks that say otherwise."""
+    return getattr(task, "loss_weights", {}).get(name, 1.0)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> float:
@@ -273,7 +281,8 @@ def keep_best(state: dict, figures: dict, name: str, model: nn.Module, folder: P
     if state["best"] is None or rank(figures) > rank(state["best"]):
         state["best"] = {**figures, "best_step": state["step"]}
         if world.main:
-            save_tensors(folder / "best.safetensors", weights(model))
+            tensors = {n: t for n, t in weights(model).items() if not n.startswith("projections.")}
+            save_tensors(folder / "best.safetensors", tensors)
 
 
 def describe(figures: dict) -> str:

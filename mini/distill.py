@@ -1,0 +1,336 @@
+"""Distillation: a small model, the student, learns from what a large one, the teacher, computes on the same input.
+
+    soft targets   the teacher's probabilities at a temperature          Hinton et al. 2015, Sanh et al. 2019
+    cosine         the direction of the last hidden states               Sanh et al. 2019, "DistilBERT", §3
+    embedding      what enters the first block                           Jiao et al. 2020, "TinyBERT", eq. 9
+    hidden         what leaves each block                                 Jiao et al. 2020, eq. 8
+    attention      the scores before softmax                              Jiao et al. 2020, eq. 7
+    relations      how queries, keys and values attend to themselves      Wang et al. 2021, "MiniLMv2", eq. 3-5
+
+Each loss is a sum over N predictions or tokens, which the loop divides by their number in the whole batch: so nothing
+depends on padding, or on how a batch is cut.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mini.config import DistillConfig, ModelConfig, UserError
+from mini.data import Batch
+from mini.prune import chosen_layers, without_layers
+from mini.transformer import vocabulary_logits
+
+LOSSES = ("soft", "cosine", "embedding", "hidden", "attention", "relations")
+PROJECTED = ("cosine", "embedding", "hidden")  # those between vectors whose widths may differ
+# A student's share of its teacher's layers and of its width.
+STUDENTS = {
+    "distilbert": (1 / 2, 1), "distilgpt2": (1 / 2, 1), "tinybert6": (1 / 2, 1), "tinybert4": (1 / 3, 312 / 768),
+    "minilm6": (1 / 2, 1 / 2),
+}  # fmt: skip
+NEVER = -1e9  # a score so low that its probability is zero, and still no infinity
+
+
+# ---------------------------------------------------------------- losses
+def soft_targets(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² Σ KL(p_T ‖ p_S), p = softmax(logits / T); logits (N, V) (Hinton et al. 2015, §2).
+
+    T² keeps the gradient's size: that of softened targets is smaller by it. Divided by N this is PyTorch's batchmean;
+    its default, mean, divides by V as well.
+    """
+    p_s = F.log_softmax(student.float() / temperature, dim=-1)
+    p_t = F.log_softmax(teacher.float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(p_s, p_t, log_target=True, reduction="sum")
+
+
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Σ 1 - cos(h_S, h_T); hidden states (N, C)."""
+    return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).sum()
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Σ MSE(h_S, h_T), the mean over channels; hidden states (N, C), the student's projected to the teacher's width."""
+    return (student.float() - teacher.float()).square().mean(dim=-1).sum()
+
+
+def attention_error(student: "QKV", teacher: "QKV", visible: Tensor, real: Tensor) -> Tensor:
+    """Σ over queries of the mean over heads and visible keys of (A_S - A_T)², A = QKᵀ/√D before softmax.
+
+    visible (B, T, T): which keys a query may look at; real (B, T): the queries that count.
+    """
+    error = (scores(student.q, student.k) - scores(teacher.q, teacher.k)).square()  # (B, H, T, T)
+    per_query = (error * visible[:, None]).sum(dim=-1) / visible.sum(dim=-1).clamp(min=1)[:, None]  # (B, H, T)
+    return (per_query.mean(dim=1) * real).sum()
+
+
+def relation_error(student: Tensor, teacher: Tensor, heads: int, visible: Tensor, real: Tensor) -> Tensor:
+    """Σ over queries of the mean over relation heads of KL(R_T ‖ R_S), R = softmax(XXᵀ/√D); X (B, H, T, D).
+
+    The heads are joined and cut anew into `heads` of them: teacher and student need not have as many.
+    """
+    relations = []
+    for x in (student, teacher):
+        B, H, T, D = x.shape
+        x = x.transpose(1, 2).reshape(B, T, heads, H * D // heads).transpose(1, 2)  # (B, A, T, H D / A)
+        relations.append(scores(x, x).masked_fill(~visible[:, None], NEVER).log_softmax(dim=-1))  # (B, A, T, T)
+    divergence = F.kl_div(*relations, log_target=True, reduction="none").sum(dim=-1)  # (B, A, T)
+    return (divergence.mean(dim=1) * real).sum()
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    """QKᵀ/√D of (B, H, T, D) -> (B, H, T, T)."""
+    return (q.float() @ k.float().transpose(-2, -1)) / math.sqrt(q.size(-1))
+
+
+# ---------------------------------------------------------------- what a model computes on the way
+@dataclass
+class QKV:
+    q: Tensor  # each (B, H, T, D), as they enter the attention
+    k: Tensor
+    v: Tensor
+
+
+@dataclass
+class Seen:
+    """What was computed on the way to a loss."""
+
+    real: Tensor | None = None  # (B, T), True where a token is real
+    hidden: list[Tensor] = field(default_factory=list)  # L + 1 of (B, T, C): what enters the blocks, what leaves each
+    attention: list[QKV] = field(default_factory=list)  # of each block
+    logits: Tensor | None = None
+
+
+@contextlib.contextmanager
+def observing(model: nn.Module) -> Iterator[Seen]:
+    """While active, a forward pass leaves in `seen` what it computes on the way."""
+    seen, stack = Seen(), model.stack
+    blocks = list(stack.blocks)
+
+    def begin(module: nn.Module, arguments: tuple, named: dict) -> None:
+        tokens, padding = arguments[0], named.get("padding")
+        seen.real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding
+        seen.hidden, seen.attention = [], []
+
+    def end(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+        seen.hidden[-1] = output  # with pre-norm, normed
+
+    def head_output(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+        seen.logits = output
+
+    def leave(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+        seen.hidden.append(output)
+
+    handles = [
+        stack.register_forward_pre_hook(begin, with_kwargs=True),
+        blocks[0].register_forward_pre_hook(lambda module, arguments: seen.hidden.append(arguments[0])),
+        *(block.register_forward_hook(leave) for block in blocks),
+        stack.register_forward_hook(end),
+        head(model).register_forward_hook(head_output),
+    ]
+    originals = [block.attention.attend for block in blocks]
+
+    def recording(attend):
+        def call(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
+            seen.attention.append(QKV(q, k, v))
+            return attend(q, k, v, *rest)
+
+        return call
+
+    for block in blocks:
+        block.attention.attend = recording(block.attention.attend)
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block, attend in zip(blocks, originals, strict=True):
+            block.attention.attend = attend
+
+
+def head(model: nn.Module) -> nn.Module:
+    """The head whose scores are the model's answer."""
+    if model.kind == "gpt":
+        return model.classifier or model.head
+    return model.classifier or model.spans or model.mlm
+
+
+# ---------------------------------------------------------------- which layer learns from which
+def layer_map(spec: str, n_student: int, n_teacher: int) -> list[tuple[int, int]]:
+    """Pairs (layer of the student, layer of the teacher it learns from), counted from 0.
+
+    uniform: the last of each of n_student equal stretches, TinyBERT's g(m) = m L_T / L_S for m = 1..L_S; last: the
+    teacher's last n_student; first: its first; or a list of teacher:student, such as 0:0,2:1.
+    """
+    if spec in ("uniform", "first", "last"):
+        if n_student > n_teacher:
+            raise UserError(f"--layer_map {spec}: the student has {n_student} layers, its teacher {n_teacher}")
+        theirs = {
+            "uniform": [round((m + 1) * n_teacher / n_student) - 1 for m in range(n_student)],
+            "first": list(range(n_student)),
+            "last": list(range(n_teacher - n_student, n_teacher)),
+        }
+        return list(enumerate(theirs[spec]))
+    pairs = []
+    for part in spec.split(","):
+        try:
+            theirs, mine = map(int, part.split(":"))
+        except ValueError:
+            raise UserError(
+                f"--layer_map {spec}: choose uniform, last or first, or give teacher:student, such as 0:0,2:1"
+            ) from None
+        for whose, layer, n in (("teacher", theirs, n_teacher), ("student", mine, n_student)):
+            if not 0 <= layer < n:
+                raise UserError(f"--layer_map {spec}: the {whose} has layers 0 to {n - 1}, and no {layer}")
+        pairs.append((mine, theirs))
+    return pairs
+
+
+def student_config(teacher: ModelConfig, options: DistillConfig) -> ModelConfig:
+    """The student's shape: a named one, relative to the teacher's, or as the flags say."""
+    n_layers, d_model = teacher.n_layers, teacher.d_model
+    if options.student:
+        depth, width = STUDENTS[options.student]
+        step = 2 * (options.n_heads or max(teacher.layers("n_heads")))  # each head gets an even width, as RoPE needs
+        n_layers, d_model = max(1, round(depth * n_layers)), max(step, round(width * d_model / step) * step)
+    n_layers, d_model = options.n_layers or n_layers, options.d_model or d_model
+    changes = dict(n_layers=n_layers, d_model=d_model)
+    uneven = isinstance(teacher.n_heads, list) or isinstance(teacher.d_ff, list)
+    if uneven and not (options.n_heads and options.d_ff):
+        raise UserError("the teacher's layers differ in size: give the student's with --n_heads and --d_ff")
+    changes["n_heads"] = options.n_heads or teacher.n_heads
+    changes["d_ff"] = options.d_ff or round(teacher.d_ff * d_model / teacher.d_model)  # 0 stays: it follows d_model
+    if (d_model, changes["n_heads"]) != (teacher.d_model, teacher.n_heads):
+        changes |= dict(d_head=0, n_kv_heads=0)
+    return dataclasses.replace(teacher, **changes)
+
+
+def make_student(teacher: nn.Module, options: DistillConfig) -> nn.Module:
+    """A student of this teacher; one of the same width begins with some of its layers."""
+    config, n = student_config(teacher.config, options), teacher.config.n_layers
+    alike = config == dataclasses.replace(teacher.config, n_layers=config.n_layers) and config.n_layers <= n
+    if options.start == "random" or (options.start == "auto" and not alike):
+        return type(teacher)(config)
+    if not alike:
+        raise UserError(f"--start {options.start}: only a student of its teacher's width can begin with its layers")
+    start = "uniform" if options.start == "auto" else options.start
+    keep = chosen_layers("start", start, config.n_layers, n)
+    if len(keep) != config.n_layers:
+        raise UserError(f"--start {start} names {len(keep)} layers, the student has {config.n_layers}: give --n_layers")
+    return without_layers(teacher, keep)
+
+
+# ---------------------------------------------------------------- the objective
+class Distillation:
+    """A task with a teacher: its own losses, of the labels, and beside them those of this file, each with a weight.
+
+    What it does not have itself (figures, samples, labels) is the task's.
+    """
+
+    fixed_shape = False
+
+    def __init__(self, task, student: nn.Module, teacher: nn.Module, options: DistillConfig):
+        self.task, self.teacher, self.options = task, teacher.eval().requires_grad_(False), options
+        self.pairs = layer_map(options.layer_map, len(student.stack.blocks), len(teacher.stack.blocks))
+        weights = options.weights()
+        self.losses = [name for name in LOSSES if weights[name] > 0]
+        self.loss_weights = weights | dict.fromkeys(("mlm", "nsp"), weights["hard"])
+        self.check_heads(student)
+        self.data = Counted(task.data, self.losses, 2 if student.config.spans else 1)
+        widths = student.config.d_model, teacher.config.d_model
+        projected = [name for name in PROJECTED if name in self.losses and widths[0] != widths[1]]
+        if projected:  # W of TinyBERT's eq. 8 and 9: part of the student while it learns
+            student.projections = nn.ModuleDict({name: nn.Linear(*widths, bias=False) for name in projected})
+
+    def check_heads(self, student: nn.Module) -> None:
+        """Refuses attention losses that these heads do not allow."""
+        mine, theirs = (model.config.layers("n_heads") for model in (student, self.teacher))
+        for m, t in self.pairs:
+            if "attention" in self.losses and mine[m] != theirs[t]:
+                raise UserError(
+                    f"--attention: layer {m} of the student has {mine[m]} heads, layer {t} of its teacher {theirs[t]}; "
+                    f"give --n_heads, or compare their --relations, which need not have as many"
+                )
+        m, t = self.pairs[-1]
+        heads = self.options.relation_heads or theirs[t]
+        for n, model in ((mine[m], student), (theirs[t], self.teacher)):
+            width = n * model.config.head_size
+            if "relations" in self.losses and width % heads:
+                raise UserError(f"--relation_heads {heads}: a width of {width} cannot be cut into so many")
+
+    def __getattr__(self, name: str):
+        return getattr(self.task, name)
+
+    def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{name: sum}: what the task asks of the student, and what the teacher does."""
+        with observing(model) as mine:
+            losses = renamed(self.task.loss(model, inputs))
+        with torch.no_grad(), observing(self.teacher) as theirs:
+            self.task.loss(self.teacher, inputs)
+        return losses | {name: self.term(name, model, mine, theirs, inputs) for name in self.losses}
+
+    def term(self, name: str, model: nn.Module, mine: Seen, theirs: Seen, inputs: dict[str, Tensor]) -> Tensor:
+        """One of the teacher's losses, summed over answers (soft) or tokens."""
+        real, pairs = mine.real, self.pairs
+
+        def tokens(side: Seen, layer: int) -> Tensor:  # (N, C) of the real ones
+            return side.hidden[layer][real]
+
+        def projected(name: str, layer: int) -> Tensor:
+            x = tokens(mine, layer)
+            return model.projections[name](x) if name in (getattr(model, "projections", None) or ()) else x
+
+        if name == "soft":
+            answers = (answers_of(m, seen, inputs) for m, seen in ((model, mine), (self.teacher, theirs)))
+            return soft_targets(*answers, self.options.temperature)
+        if name == "cosine":
+            return cosine(projected("cosine", -1), tokens(theirs, -1))
+        if name == "embedding":
+            return squared_error(projected("embedding", 0), tokens(theirs, 0))
+        if name == "hidden":
+            return sum(squared_error(projected("hidden", m + 1), tokens(theirs, t + 1)) for m, t in pairs)
+        visible = real[:, None, :].expand(-1, real.size(1), -1)  # (B, T, T)
+        if model.config.causal:
+            visible = visible.tril()
+        if name == "attention":
+            return sum(attention_error(mine.attention[m], theirs.attention[t], visible, real) for m, t in pairs)
+        m, t = pairs[-1]  # MiniLM: one layer of each, with --layer_map last or uniform the last
+        a, b = mine.attention[m], theirs.attention[t]
+        heads = self.options.relation_heads or b.q.size(1)
+        return sum(relation_error(x, y, heads, visible, real) for x, y in ((a.q, b.q), (a.k, b.k), (a.v, b.v)))
+
+
+def answers_of(model: nn.Module, seen: Seen, inputs: dict[str, Tensor]) -> Tensor:
+    """(N, V): the logits of every answer that the task asks for: tokens, masked tokens, a class, an answer's ends."""
+    if model.config.n_classes:
+        return seen.logits
+    if model.config.spans:  # first and last token of each text: (B, T, 2) -> (2B, T)
+        return seen.logits.float().masked_fill(~seen.real[..., None], NEVER).transpose(1, 2).flatten(0, 1)
+    logits = seen.logits[inputs["targets"] >= 0]
+    return vocabulary_logits(logits, model.config) if model.kind == "gpt" else logits
+
+
+class Counted:
+    """A task's data, whose batches also say over how many answers or tokens the teacher's losses are summed."""
+
+    def __init__(self, data, losses: list[str], per_example: int):
+        self.data, self.losses, self.per_example = data, losses, per_example
+
+    def __getattr__(self, name: str):
+        return getattr(self.data, name)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        batch = self.data.batch(indices)
+        answers = self.per_example * next(iter(batch.counts.values()))
+        counts = {name: answers if name == "soft" else batch.n_tokens for name in self.losses}
+        return Batch(batch.inputs, renamed(batch.counts) | counts, batch.n_tokens)
+
+
+def renamed(values: dict) -> dict:
+    """The task's own loss is called hard here: "loss" is the weighted sum of all."""
+    return {"hard" if name == "loss" else name: value for name, value in values.items()}
