@@ -22,7 +22,8 @@ from mini.tokenizer import load_tokenizer
 from mini.train import describe, evaluate
 
 CALIBRATION_BATCH = 32
-QAT_LR = 0.1  # of the run's own: rounding does little harm, and high learning rates do more (docs/log.md)
+SHOWN = ("val_loss", "val_bpb", "mlm_accuracy", "nsp_accuracy", "accuracy", "exact_match", "f1")  # of the run before
+QAT_LR = 0.1  # of the run's own: int8 does little harm, which high learning rates would add to (docs/log.md)
 
 
 def prune_run(argv: list[str]) -> None:
@@ -103,15 +104,18 @@ def chosen_layers(s: Settings) -> list[int] | None:
     if s.quant:
         raise UserError(f"{s.run.init} is quantized: reduce first, then quantize")
     if options.layers:
-        if options.layers > n:
-            raise UserError(f"--layers {options.layers}: {s.run.init} has {n}")
+        if options.layers >= n:
+            raise UserError(f"--layers {options.layers}: {s.run.init} has {n}; keep fewer")
         return None if options.by == "influence" else prune.chosen_layers("by", options.by, options.layers, n)
-    return prune.chosen_layers("keep", options.keep, n, n)
+    keep = prune.chosen_layers("keep", options.keep, n, n)
+    if len(keep) == n:
+        raise UserError(f"--keep {options.keep}: these are all layers of {s.run.init}; leave some out")
+    return keep
 
 
 def distill_run(argv: list[str]) -> None:
     """Teach a smaller model what a run computes."""
-    s = read_compression(argv, "distill", distill_run.__doc__, DistillConfig, training={})
+    s = read_compression(argv, "distill", distill_run.__doc__, DistillConfig, training={}, lr_share=1.0)
     options, teacher, source = s.distill, s.start, s.run.init
     if options.init:
         s.start = runs.load_model(options.init, s.kind)
@@ -144,6 +148,9 @@ def calibration(task, n: int) -> list:
 
 
 def finish(s: Settings, task, tokenizer, world) -> None:
+    known = {} if runs.is_published(s.run.init) else runs.read_result(Path(s.run.init)) or {}
+    before = {name: value for name, value in known.items() if name in SHOWN}
+    world.say(f"Before, {s.run.init}: {describe(before)}" if before else f"From {s.run.init}")
     s.model = s.start.config
     torch.manual_seed(s.train.seed)
     run(s, s.start, task, tokenizer, world)

@@ -18,6 +18,112 @@ from mini.devices import device_name, pick_device
 from mini.report import load_pyplot
 from mini.storage import load_tensors, write_json, write_text
 
+BUSY = 2.0  # the slowest tenth of the times of one measurement over the fastest tenth
+LEGEND = " ".join(
+    [
+        "MB:",
+        "on",
+        "disk,",
+        "as",
+        "stored,",
+        "or",
+        "as",
+        "this",
+        "form",
+        "would",
+        "be.",
+        "torch-int8:",
+        "PyTorch's",
+        "own",
+        "quantize_dynamic",
+        "of",
+        "the",
+        "first",
+        "run.",
+        "int8,",
+        "bf16:",
+        "int8",
+        "matrices,",
+        "the",
+        "rest",
+        "in",
+        "bfloat16.",
+        "Nonzeros:",
+        "parameters",
+        "that",
+        "are",
+        "not",
+        "masked.",
+        "Times:",
+        "the",
+        "median",
+        "of",
+        "forward",
+        "passes",
+        "of",
+        "(batch,",
+        "tokens);",
+        "(1,",
+        "1)",
+        "is",
+        "a",
+        "further",
+        "token",
+        "of",
+        "a",
+        "text.",
+        "Memory:",
+        "the",
+        "most",
+        "held",
+        "beside",
+        "what",
+        "the",
+        "process",
+        "began",
+        "with.",
+        "Change,",
+        "largest",
+        "difference:",
+        "to",
+        "the",
+        "first",
+        "row,",
+        "where",
+        "both",
+        "are",
+        "judged",
+        "on",
+        "the",
+        "same",
+        "data;",
+        "the",
+        "latter",
+        "of",
+        "the",
+        "outputs",
+        "for",
+        "8",
+        "of",
+        "its",
+        "texts.",
+        "Speed:",
+        "simulated",
+        "where",
+        "it",
+        "does",
+        "not",
+        "come",
+        "from",
+        "what",
+        "is",
+        "small,",
+        "as",
+        "with",
+        "zeros.",
+    ]
+)
+
 
 @dataclass
 class ReportOptions(Checked):
@@ -58,9 +164,11 @@ def compare(options: ReportOptions) -> None:
             row["difference"] = difference(reference, outputs)
             if options.compile and not row["compiled"]:
                 tqdm.write(f"{run} as {form}: not compiled, as torch.compile does not work here")
+            if row["spread"] > BUSY:
+                tqdm.write(f"{run} as {form}: its times vary {row['spread']:.1f}-fold; is the machine busy?")
             rows.append(row)
     head = heading(options, device, rows)
-    text = f"{head}\n\n{table(rows)}\n"
+    text = f"{head}\n\n{table(rows)}\n\n{LEGEND}\n"
     print("\n" + text)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -113,12 +221,13 @@ def table(rows: list[dict]) -> str:
               "largest difference", "speed"]  # fmt: skip
     lines = [titles, ["---"] * len(titles)]
     for row in rows:
-        change = row[judged] - first[judged] if judged in row else None
+        alike = judged in row and row["judged_on"] == first["judged_on"]
+        change = row[judged] - first[judged] if alike else None
         lines.append(
             [row["run"], form_name(row), f"{row['bytes'] / 1e6:.2f}", f"{row['parameters']:,}",
              f"{row['nonzeros']:,}", *(shown(row.get(name), ".2f") for name in latencies),
              f"{row['tokens_per_s']:,.0f}", f"{row['memory_mb']:,.0f}", shown(row.get(judged), ".4f"),
-             shown(change, "+.4f"), shown(row["difference"], ".3g"), "real" if row["real"] else "simulated"]
+             shown(change, "+.4f"), shown(row["difference"], ".3g"), row["speed"]]
         )  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -141,17 +250,18 @@ def plot(rows: list[dict], path: Path) -> None:
         return
     judged = rows[0]["judged_by"]
     latency = next(name for name in rows[0] if name.startswith("ms_8_"))
-    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    figure, both = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
     sides = [("bytes", 1e6, "MB on disk"), (latency, 1, f"ms for (8, {rows[0]['length']}) tokens")]
     for axes, (name, unit, label) in zip(both, sides, strict=True):
-        for row in (row for row in rows if name in row and judged in row):
-            axes.plot(row[name] / unit, row[judged], "o" if row["real"] else "x", color="C0")
-            axes.annotate(f"{Path(row['run']).name} {form_name(row)}", (row[name] / unit, row[judged]), fontsize=7,
-                          xytext=(4, 4), textcoords="offset points")  # fmt: skip
+        for i, row in enumerate(rows):
+            if name in row and row["judged_on"] == rows[0]["judged_on"]:
+                real = not row["speed"].endswith("simulated")
+                known = f"{Path(row['run']).name}, {form_name(row)}" + ("" if real else " (zeros make nothing faster)")
+                axes.plot(row[name] / unit, row[judged], "o" if real else "x", color=f"C{i % 10}", label=known)
         axes.set(xlabel=label, xscale="log")
         axes.grid(alpha=0.3)
     both[0].set_ylabel(judged)
-    figure.suptitle("x: the speed is simulated")
+    both[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

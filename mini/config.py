@@ -199,9 +199,9 @@ class PruneConfig(Checked):
         ("magnitude", "random", "wanda", "gradient"),
     )
     scope: str = option("layer", "compared within a layer, or all with each other", ("layer", "global"))
-    pattern: str = option("unstructured", "single weights; N of M in a row, such as 2:4; heads; neurons")
+    pattern: str = option("unstructured", "single weights; N:M, of M inputs N stay, such as 2:4; heads; neurons")
     schedule: str = option("oneshot", "all at once, or more and more of them while training", ("oneshot", "cubic"))
-    calibrate: int = option(256, "training examples that wanda and gradient look at", low=1)
+    calibrate: int = option(256, "training examples that wanda looks at, and gradient ten times", low=1)
     first: float = option(0.0, "the sparsity from which a cubic schedule begins", flag=False)
 
     def __post_init__(self):
@@ -219,7 +219,7 @@ class PruneConfig(Checked):
         units = self.pattern in ("heads", "neurons")
         if units and (self.method == "wanda" or self.schedule == "cubic"):
             wrong = "--method wanda" if self.method == "wanda" else "--schedule cubic"
-            raise UserError(f"{wrong}: for single weights; heads and neurons go at once (repeat the command for steps)")
+            raise UserError(f"{wrong}: for single weights; heads and neurons are taken out at once")
         if not units and self.method == "gradient":
             raise UserError("--method gradient: for --pattern heads or neurons")
         if self.method == "wanda" and (self.scope == "global" or self.schedule == "cubic"):

@@ -64,7 +64,7 @@ def measure(options: MeasureOptions) -> dict:
     task, _ = open_own_task(settings, world)
     judged = evaluate(model, task, world, torch.float32, 8)
     figures |= {name: value for name, value in judged.items() if isinstance(value, float)}
-    figures["judged_by"] = task.best or "val_loss"
+    figures |= {"judged_by": task.best or "val_loss", "judged_on": task.data.checksum}
     if options.outputs:
         model.eval()
         inputs = next(iter(task.data.validation(8))).to(world.device).inputs
@@ -87,7 +87,10 @@ def size(model: nn.Module, options: MeasureOptions) -> dict:
         for layer in quant.matrices(model).values():
             stored += layer.weight.numel() * (1 if layer.weight is shared else 1 - 4)
     real = quant.int8_units(pick_device(options.device).type) if int8 else not masks
-    return {"bytes": stored, "parameters": n, "nonzeros": n - zeros, "real": real, "int8": int8}
+    speed = "real" if real else "simulated"
+    if int8 and masks:
+        speed = f"int8 {speed}, zeros simulated"
+    return {"bytes": stored, "parameters": n, "nonzeros": n - zeros, "speed": speed, "int8": int8}
 
 
 def torch_int8(model: nn.Module) -> nn.Module:
@@ -103,11 +106,15 @@ def torch_int8(model: nn.Module) -> nn.Module:
 
 # ---------------------------------------------------------------- speed
 def speed(model: nn.Module, repeats: int, compiled: bool, device: torch.device) -> dict:
-    """p50 latencies in ms: of (1, T) and (8, T) tokens, T = 128 or max_len, and of a GPT's next token."""
+    """p50 latencies in ms: of (1, T) and (8, T) tokens, T = 128 or max_len, and of a GPT's next token.
+
+    spread: the largest ratio of the slowest tenth to the fastest of one of these; near 1 on an idle machine.
+    """
     T = min(128, model.config.max_len)
-    figures = {"length": T}
+    figures, spreads = {"length": T}, []
     if model.kind == "gpt" and not model.config.n_classes:
-        figures["ms_1_1"] = latency(single_step(model, device, compiled), repeats, device)
+        figures["ms_1_1"], spread = latency(single_step(model, device, compiled), repeats, device)
+        spreads.append(spread)
     inductor = quant.INDUCTOR if quant.is_int8(model) else None
     run = torch.compile(outputs, dynamic=False, options=inductor) if compiled else outputs
     for batch in (1, 8):
@@ -115,8 +122,10 @@ def speed(model: nn.Module, repeats: int, compiled: bool, device: torch.device) 
         tokens = torch.randint(model.config.vocab_size, (batch, T), generator=generator).to(device)
         inputs = {"tokens": tokens, "lengths": torch.full((batch,), T, device=device)}
         inputs["places"] = torch.arange(0, T, 7, device=device).expand(batch, -1)  # one in seven is masked
-        figures[f"ms_{batch}_{T}"] = ms = latency(lambda inputs=inputs: run(model, inputs), repeats, device)
-    return figures | {"tokens_per_s": 8 * T / ms * 1000}
+        ms, spread = latency(lambda inputs=inputs: run(model, inputs), repeats, device)
+        figures[f"ms_{batch}_{T}"] = ms
+        spreads.append(spread)
+    return figures | {"tokens_per_s": 8 * T / ms * 1000, "spread": max(spreads)}
 
 
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -142,8 +151,8 @@ def single_step(model: nn.Module, device: torch.device, compiled: bool):
     return lambda: step(new, positions, cache)
 
 
-def latency(run, repeats: int, device: torch.device) -> float:
-    """The median time of a call in ms, after a few that warm up."""
+def latency(run, repeats: int, device: torch.device) -> tuple[float, float]:
+    """(median time of a call in ms, after a few that warm up; how many times the slowest tenth is the fastest)."""
     times = []
     for _ in range(repeats + 3):
         synchronize(device)
@@ -151,7 +160,8 @@ def latency(run, repeats: int, device: torch.device) -> float:
         run()
         synchronize(device)
         times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[3:])
+    low, *_, high = statistics.quantiles(times[3:], n=10) if repeats > 1 else times[3:] * 2
+    return 1000 * statistics.median(times[3:]), high / low
 
 
 def memory(device: torch.device) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mini.config import PruneConfig, UserError
 from mini.storage import load_weights, weights
 from mini.transformer import SMALL_HEADS
-from mini.watch import run_all, watching
+from mini.watch import looking_at, run_all, watching
 
 RAMP = 2 / 3  # the share of the steps in which a cubic schedule prunes; in the rest the model recovers
 ROUNDS = 10  # heads and neurons go in so many rounds, their importance measured anew in each (Michel et al. 2019, §4)
@@ -227,11 +227,20 @@ def gated(model: nn.Module, part: str, gates: list[Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def importance(model: nn.Module, part: str, method: str, alive: list[Tensor], seed: int, task=None, batches: list = ()):
+def importance(
+    model: nn.Module,
+    part: str,
+    method: str,
+    alive: list[Tensor],
+    seed: int,
+    task=None,
+    batches: list = (),
+    done: int = 0,
+) -> list[Tensor]:
     """For each layer (n,): what its heads or neurons matter, as a vector of length 1 (Michel et al. 2019, §4.1).
 
     magnitude: the norm of all weights of a head or neuron; gradient: the mean of |∂L/∂ξ| over texts, as long as the
-    ones that are no longer alive are gated off.
+    ones that are no longer alive are gated off. done: how often this was measured before.
     """
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -241,7 +250,7 @@ def importance(model: nn.Module, part: str, method: str, alive: list[Tensor], se
     else:
         found = [torch.zeros(n, device=gate.device) for n, gate in zip(sizes(model, part), alive, strict=True)]
         model.eval()
-        for batch in batches:
+        for batch in looking_at(batches, ROUNDS, done):
             inputs = batch.to(alive[0].device).inputs
             gates = [gate.repeat(len(inputs["tokens"]), 1).requires_grad_() for gate in alive]  # (B, n): one per text
             with gated(model, part, gates):
@@ -273,7 +282,7 @@ def choose_units(
     rounds = ROUNDS if options.method == "gradient" else 1
     for i in range(1, rounds + 1):
         share = options.sparsity * i / rounds
-        values = importance(model, part, options.method, alive, seed, task, batches)
+        values = importance(model, part, options.method, alive, seed, task, batches, i - 1)
         values = [v.masked_fill(gate == 0, -1) for v, gate in zip(values, alive, strict=True)]
         if options.scope == "layer":
             for layer, value in enumerate(values):

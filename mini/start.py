@@ -42,7 +42,8 @@ FINETUNE = dict(
     epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
 )  # fmt: skip
 SPECIAL = {"gpt": (), "bert": ENCODER_TOKENS}  # tokens that a model needs beside text
-# Training after compression: with the run's own learning rates, which fall to zero.
+# Training after compression: with this share of the run's own learning rates, which fall to zero (docs/log.md).
+HEAL_LR = 0.3
 HEAL = dict(
     steps=0, epochs=0.0, schedule="linear", warmup=0.05, min_lr=0.0, eval_every=0, sample_every=0, checkpoint_every=250,
 )  # fmt: skip
@@ -141,12 +142,13 @@ def open_run(source: str, tokenizer: str | None = None) -> Settings:
 
 
 def read_compression(
-    argv: list[str], name: str, description: str, recipe: type, training: dict = HEAL, lr_share: float = 1.0
+    argv: list[str], name: str, description: str, recipe: type, training: dict = HEAL, lr_share: float = HEAL_LR
 ) -> Settings:
     """Reads `RUN --out RUN2 ...` of compress.py into Settings, `name` the field for the recipe of that class.
 
     Data and optimizer are those of the run, learning rates times lr_share, unless `training` or flags say otherwise.
     """
+    description += "\n\nRUN --help shows the values of that run, which are the defaults of training."
     source = next((word for word in argv[:1] if not word.startswith("-")), None)
     # Without a source: --help, or a RUN that is missing.
     settings = open_run(source, peek(argv, "tokenizer", None)) if source else None

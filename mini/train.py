@@ -173,7 +173,7 @@ def finish(model: nn.Module, result: dict, folder: Path, config: RunConfig) -> N
     if (best := folder / "best.safetensors").exists():
         load_weights(model, load_tensors(best), folder)
     size = runs.save_model(model, folder)
-    if config.prune or config.reduce or config.quant or config.distill:
+    if config.prune or config.reduce or config.quant or config.distill or prune.masks_of(model):
         result["bytes"] = size
     plot_metrics(runs.read_metrics(folder), folder / "loss.png")
     write_json(folder / "result.json", result)

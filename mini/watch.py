@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 
 class RealTokens:
@@ -40,9 +41,15 @@ def watching(model: nn.Module, modules: dict[str, nn.Module], see: Callable[[str
             handle.remove()
 
 
+def looking_at(batches: list, of: int = 1, done: int = 0) -> tqdm:
+    """A progress bar over the batches; over all of several rounds where this is number `done` of so many."""
+    desc = "looking at examples" + f", round {done + 1} of {of}" * (of > 1)
+    return tqdm(batches, desc=desc, unit="batch", delay=2, leave=False, dynamic_ncols=True)
+
+
 @torch.no_grad()
 def run_all(task, model: nn.Module, batches: list) -> None:
     """A forward pass of the task for each batch, in eval mode."""
     model.eval()
-    for batch in batches:
+    for batch in looking_at(batches):
         task.loss(model, batch.to(next(model.parameters()).device).inputs)
