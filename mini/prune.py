@@ -228,19 +228,12 @@ def gated(model: nn.Module, part: str, gates: list[Tensor]) -> Iterator[None]:
 
 
 def importance(
-    model: nn.Module,
-    part: str,
-    method: str,
-    alive: list[Tensor],
-    seed: int,
-    task=None,
-    batches: list = (),
-    done: int = 0,
+    model: nn.Module, part: str, method: str, alive: list[Tensor], seed: int, task=None, batches: list = ()
 ) -> list[Tensor]:
     """For each layer (n,): what its heads or neurons matter, as a vector of length 1 (Michel et al. 2019, §4.1).
 
     magnitude: the norm of all weights of a head or neuron; gradient: the mean of |∂L/∂ξ| over texts, as long as the
-    ones that are no longer alive are gated off. done: how often this was measured before.
+    ones that are no longer alive are gated off.
     """
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -250,7 +243,7 @@ def importance(
     else:
         found = [torch.zeros(n, device=gate.device) for n, gate in zip(sizes(model, part), alive, strict=True)]
         model.eval()
-        for batch in looking_at(batches, ROUNDS, done):
+        for batch in looking_at(batches):
             inputs = batch.to(alive[0].device).inputs
             gates = [gate.repeat(len(inputs["tokens"]), 1).requires_grad_() for gate in alive]  # (B, n): one per text
             with gated(model, part, gates):
@@ -282,7 +275,7 @@ def choose_units(
     rounds = ROUNDS if options.method == "gradient" else 1
     for i in range(1, rounds + 1):
         share = options.sparsity * i / rounds
-        values = importance(model, part, options.method, alive, seed, task, batches, i - 1)
+        values = importance(model, part, options.method, alive, seed, task, batches)
         values = [v.masked_fill(gate == 0, -1) for v, gate in zip(values, alive, strict=True)]
         if options.scope == "layer":
             for layer, value in enumerate(values):

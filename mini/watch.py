@@ -41,10 +41,9 @@ def watching(model: nn.Module, modules: dict[str, nn.Module], see: Callable[[str
             handle.remove()
 
 
-def looking_at(batches: list, of: int = 1, done: int = 0) -> tqdm:
-    """A progress bar over the batches; over all of several rounds where this is number `done` of so many."""
-    desc = "looking at examples" + f", round {done + 1} of {of}" * (of > 1)
-    return tqdm(batches, desc=desc, unit="batch", delay=2, leave=False, dynamic_ncols=True)
+def looking_at(batches: list) -> tqdm:
+    """The batches, with a progress bar."""
+    return tqdm(batches, desc="looking at examples", unit="batch", delay=2, leave=False, dynamic_ncols=True)
 
 
 @torch.no_grad()
