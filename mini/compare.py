@@ -160,8 +160,11 @@ def plot(rows: list[dict], path: Path) -> None:
             if name in row and row["judged_on"] == rows[0]["judged_on"]:
                 real = not row["speed"].endswith("simulated")
                 known = f"{Path(row['run']).name}, {form_name(row)}" + ("" if real else " (zeros make nothing faster)")
-                axes.plot(row[name] / unit, row[judged], "o" if real else "x", color=f"C{i % 10}", label=known)
+                color = pyplot.cm.tab20(i % 20)
+                axes.plot(row[name] / unit, row[judged], "o" if real else "x", color=color, label=known)
         axes.set(xlabel=label, xscale="log")
+        for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            formatter("{x:g}")
         axes.grid(alpha=0.3)
     both[0].set_ylabel(judged)
     both[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8)
