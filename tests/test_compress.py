@@ -13,6 +13,7 @@ from conftest import TINY, command_line, environment, last_json
 
 from mini import load_run
 from mini import prune as p
+from mini.compare import table
 from mini.storage import load_tensors
 
 LABELS = {"good": ["great", "lovely", "fine"], "bad": ["awful", "boring", "dull"]}
@@ -217,12 +218,18 @@ def test_report(gpt, tmp_path, command):
     assert all(row["ms_1_1"] > 0 and row["ms_8_32"] > 0 and row["memory_mb"] >= 0 for row in rows)
 
 
-def test_report_of_different_tasks(bert, classifier, tmp_path, command):
-    """What a run was not judged by is a dash, not an end."""
-    command("compress.py", "report", classifier, bert, "--out", tmp_path / "report", "--repeats", 2)
-    rows = (tmp_path / "report" / "report.md").read_text().strip().splitlines()
-    last = [row for row in rows if row.startswith("|")][-1]
-    assert "| - |" in last and str(bert) in last and "accuracy" in rows[2]
+def test_a_report_of_unlike_runs_has_dashes():
+    """Of another task, other data or another length: what cannot be compared is not, and nothing fails."""
+    common = dict(form="saved", int8=False, bytes=10, parameters=3, nonzeros=3, tokens_per_s=1.0, memory_mb=1.0,
+                  speed="real", difference=None)  # fmt: skip
+    first = dict(common, run="a", judged_by="accuracy", judged_on="x", accuracy=0.75, ms_1_128=2.0, ms_8_128=9.0)
+    other = dict(common, run="b", judged_by="val_loss", judged_on="y", val_loss=3.0, ms_1_32=2.0, ms_8_32=9.0)
+    third = dict(first, run="c", judged_on="z", accuracy=0.5)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table([first, other, third]).splitlines()]
+    titles, _, a, b, c = rows
+    assert a[titles.index("accuracy")] == "0.7500" and a[titles.index("change")] == "+0.0000"
+    assert b[titles.index("accuracy")] == b[titles.index("change")] == b[titles.index("(8, 128) ms")] == "-"
+    assert c[titles.index("accuracy")] == "0.5000" and c[titles.index("change")] == "-"
 
 
 @pytest.mark.parametrize(
