@@ -1,4 +1,4 @@
-"""Make a run smaller: prune, quantize or reduce it; each writes a run that every other command opens."""
+"""Make a run smaller: prune, quantize, reduce or distill it; each writes a run that every other command opens."""
 
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def quantize_run(argv: list[str]) -> None:
 def reduce_run(argv: list[str]) -> None:
     """Keep some of a run's layers, and train them for --steps."""
     s = read_compression(argv, "reduce", reduce_run.__doc__, ReduceConfig)
-    keep = chosen_layers(s)
+    keep = layers_to_keep(s)
     world = make_world(s.train)
     task, tokenizer = open_own_task(s, world)
     if keep is None:
@@ -94,7 +94,7 @@ def reduce_run(argv: list[str]) -> None:
     finish(s, task, tokenizer, world)
 
 
-def chosen_layers(s: Settings) -> list[int] | None:
+def layers_to_keep(s: Settings) -> list[int] | None:
     """The layers of --keep, or of --layers and --by; None where their influence has to be measured."""
     options, n = s.reduce, s.model.n_layers
     if bool(options.keep) == bool(options.layers):
@@ -121,6 +121,9 @@ def distill_run(argv: list[str]) -> None:
         s.start = runs.load_model(options.init, s.kind)
         if load_tokenizer(options.init).fingerprint != s.tokenizer.fingerprint:
             raise UserError(f"--init {options.init}: it has another tokenizer than {source}")
+        heads = ("n_classes", "spans", "mlm", "nsp")
+        if any(getattr(s.start.config, name) != getattr(teacher.config, name) for name in heads):
+            raise UserError(f"--init {options.init}: it has not the heads of {source}, and so another task")
     else:
         torch.manual_seed(s.train.seed)
         s.start = distill.make_student(teacher, options)

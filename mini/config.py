@@ -264,12 +264,18 @@ class ReduceConfig(Checked):
 
 # What a student learns, and how much each counts: Hinton et al. 2015, §2; Sanh et al. 2019, §3; Jiao et al. 2020, §3.1;
 # Wang et al. 2021, with the labels beside, for the head.
+LOSSES = ("soft", "cosine", "embedding", "hidden", "attention", "relations")  # beside "hard", the task's own
 RECIPES = {
     "hinton": dict(soft=0.5, hard=0.5),
     "distilbert": dict(soft=5.0, hard=2.0, cosine=1.0),
     "tinybert": dict(embedding=1.0, hidden=1.0, attention=1.0),
     "minilm": dict(relations=1.0, hard=1.0),
 }
+# A student's share of its teacher's layers and of its width.
+STUDENTS = {
+    "distilbert": (1 / 2, 1), "distilgpt2": (1 / 2, 1), "tinybert6": (1 / 2, 1), "tinybert4": (1 / 3, 312 / 768),
+    "minilm6": (1 / 2, 1 / 2),
+}  # fmt: skip
 
 
 @dataclass
@@ -277,8 +283,7 @@ class DistillConfig(Checked):
     """Who learns, and what of its teacher; the weight of a loss is the recipe's, if no flag gives it."""
 
     recipe: str = option("hinton", "losses and weights of these papers", tuple(RECIPES))
-    student: str = option("distilbert", "a size relative to the teacher's",
-                          ("distilbert", "tinybert4", "tinybert6", "minilm6", "distilgpt2"))  # fmt: skip
+    student: str = option("distilbert", "a size relative to the teacher's", tuple(STUDENTS))
     n_layers: int = option(0, "of the student; 0: as its size has", low=0)
     n_heads: int = option(0, "of the student; 0: as the teacher has", low=0)
     d_model: int = option(0, "of the student; 0: as its size has", low=0)
@@ -306,7 +311,7 @@ class DistillConfig(Checked):
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss."""
-        names = ("hard", "soft", "cosine", "embedding", "hidden", "attention", "relations")
+        names = ("hard", *LOSSES)
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.alpha is not None:
             chosen |= dict(soft=self.alpha, hard=1 - self.alpha)

@@ -22,18 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini.config import DistillConfig, ModelConfig, UserError
+from mini.config import LOSSES, STUDENTS, DistillConfig, ModelConfig, UserError
 from mini.data import Batch
 from mini.prune import chosen_layers, without_layers
 from mini.transformer import vocabulary_logits
 
-LOSSES = ("soft", "cosine", "embedding", "hidden", "attention", "relations")
 PROJECTED = ("cosine", "embedding", "hidden")  # those between vectors whose widths may differ
-# A student's share of its teacher's layers and of its width.
-STUDENTS = {
-    "distilbert": (1 / 2, 1), "distilgpt2": (1 / 2, 1), "tinybert6": (1 / 2, 1), "tinybert4": (1 / 3, 312 / 768),
-    "minilm6": (1 / 2, 1 / 2),
-}  # fmt: skip
 NEVER = -1e9  # a score so low that its probability is zero, and still no infinity
 
 
@@ -193,12 +187,10 @@ def layer_map(spec: str, n_student: int, n_teacher: int) -> list[tuple[int, int]
 
 def student_config(teacher: ModelConfig, options: DistillConfig) -> ModelConfig:
     """The student's shape: a named one, relative to the teacher's, or as the flags say."""
-    n_layers, d_model = teacher.n_layers, teacher.d_model
-    if options.student:
-        depth, width = STUDENTS[options.student]
-        step = 2 * (options.n_heads or max(teacher.layers("n_heads")))  # each head gets an even width, as RoPE needs
-        n_layers, d_model = max(1, round(depth * n_layers)), max(step, round(width * d_model / step) * step)
-    n_layers, d_model = options.n_layers or n_layers, options.d_model or d_model
+    depth, width = STUDENTS[options.student]
+    step = 2 * (options.n_heads or max(teacher.layers("n_heads")))  # each head gets an even width, as RoPE needs
+    n_layers = options.n_layers or max(1, round(depth * teacher.n_layers))
+    d_model = options.d_model or max(step, round(width * teacher.d_model / step) * step)
     changes = dict(n_layers=n_layers, d_model=d_model)
     uneven = isinstance(teacher.n_heads, list) or isinstance(teacher.d_ff, list)
     if uneven and not (options.n_heads and options.d_ff):

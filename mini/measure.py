@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mini import prune, quant
 from mini.config import Checked, option, parse_flags, run_command
-from mini.devices import World, can_compile, keep_memory, pick_device
+from mini.devices import World, can_compile, keep_memory
 from mini.report import synchronize
 from mini.start import open_own_task, open_run
 from mini.storage import save_tensors
@@ -47,7 +47,7 @@ def measure(options: MeasureOptions) -> dict:
     model = settings.start.eval()
     compiled = options.compile and can_compile(world.device, world.say)
     figures = {"run": options.run, "form": options.form, "compiled": compiled, "seed": settings.train.seed}
-    figures |= size(model, options)
+    figures |= size(model, options, world.device)
     if options.form == "bf16":
         model.bfloat16()
     if options.form == "torch-int8":
@@ -73,7 +73,7 @@ def measure(options: MeasureOptions) -> dict:
     return figures
 
 
-def size(model: nn.Module, options: MeasureOptions) -> dict:
+def size(model: nn.Module, options: MeasureOptions, device: torch.device) -> dict:
     """Bytes on disk, parameters, those that are not zero; and whether the speed comes from what is stored."""
     masks = prune.masks_of(model)
     zeros = sum(int((~mask).sum()) for mask in masks.values())
@@ -86,7 +86,7 @@ def size(model: nn.Module, options: MeasureOptions) -> dict:
         shared = model.stack.tokens.weight
         for layer in quant.matrices(model).values():
             stored += layer.weight.numel() * (1 if layer.weight is shared else 1 - 4)
-    real = quant.int8_units(pick_device(options.device).type) if int8 else not masks
+    real = quant.int8_units(device.type) if int8 else not masks
     speed = "real" if real else "simulated"
     if int8 and masks:
         speed = f"int8 {speed}, zeros simulated"

@@ -303,7 +303,7 @@ def epilogue(task, result: dict) -> str:
     if "best_step" in result:
         lines.append(f"These are the figures, and the weights, of step {result['best_step']:,}: the best {task.best}")
     if "sparsity" in result:
-        lines.append(f"{result['sparsity']:.2%} of the prunable weights are zero")
+        lines.append(f"{result['sparsity']:.2%} of the weights in pruned matrices are zero")
     if "bytes" in result:
         lines.append(f"{result['parameters']:,} parameters in {result['bytes']:,} bytes")
     if result["steps"]:

@@ -3,7 +3,7 @@
     for step in range(from the newest checkpoint, steps):
         set the learning rate
         backward()            each part of the step's batch: forward, loss / count of the whole batch, backward
-        clip_gradients()      and stop the run if loss or norm is not a number
+        clip_gradients()      those of masked weights being zero; and stop the run if loss or norm is not a number
         optimizer.step()      then prune.follow(): masked weights stay zero
         now and then: a line of metrics.jsonl, evaluate(), show_sample(), a checkpoint
     finish()

@@ -51,6 +51,15 @@ def command(cache):
     return run
 
 
+@pytest.fixture(scope="session")
+def gpt(text_file, command, tmp_path_factory) -> Path:
+    """A run of a tiny GPT that has learnt something; to be read only."""
+    folder = tmp_path_factory.mktemp("runs") / "gpt"
+    flags = ["--steps", 60, "--eval_every", 0, "--sample_every", 0, "--out", folder]
+    command("train_gpt.py", "--data", text_file, *TINY, *flags)
+    return folder
+
+
 def run_here(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
     import compress
     import mini.__main__

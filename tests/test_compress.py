@@ -20,14 +20,6 @@ LABELS = {"good": ["great", "lovely", "fine"], "bad": ["awful", "boring", "dull"
 
 
 @pytest.fixture(scope="module")
-def gpt(text_file, command, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "gpt"
-    flags = ["--steps", 60, "--eval_every", 0, "--sample_every", 0, "--out", folder]
-    command("train_gpt.py", "--data", text_file, *TINY, *flags)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def bert(text_file, command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "bert"
     flags = ["--steps", 40, "--eval_every", 0, "--sample_every", 0, "--nsp", "false", "--out", folder]
@@ -176,6 +168,11 @@ def test_labels_have_to_be_those_of_the_run(classifier, tmp_path, command):
         done = compress(command, "prune", classifier, tmp_path / "x", *flags, status=2)
         assert f"the labels {words}, but" in done.stderr and "knows bad, good" in done.stderr
         assert not (tmp_path / "x").exists()
+
+
+def test_a_student_has_its_teachers_heads(classifier, bert, tmp_path, command):
+    done = compress(command, "distill", classifier, tmp_path / "x", "--init", bert, status=2)
+    assert "another task" in done.stderr and not (tmp_path / "x").exists()
 
 
 def test_int8_file_is_a_quarter(text_file, tmp_path, command):

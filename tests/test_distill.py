@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, last_json, metrics
+from conftest import last_json, metrics
 
 from mini import GPT, Bert, ModelConfig, distill, load_run
 from mini.config import ENCODER, MODERN, DistillConfig, UserError
@@ -217,23 +217,15 @@ def test_heads_that_do_not_fit_are_refused():
 
 
 # ---------------------------------------------------------------- the command
-@pytest.fixture(scope="module")
-def teacher(text_file, command, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "gpt"
-    flags = ["--steps", 60, "--eval_every", 0, "--sample_every", 0, "--out", folder]
-    command("train_gpt.py", "--data", text_file, *TINY, *flags)
-    return folder
-
-
-def taught(command, teacher, out, *flags, status=0, torchrun=0):
+def taught(command, gpt, out, *flags, status=0, torchrun=0):
     flags = ["--steps", 12, "--eval_every", 0, *flags]
-    return command("compress.py", "distill", teacher, "--out", out, *flags, status=status, torchrun=torchrun)
+    return command("compress.py", "distill", gpt, "--out", out, *flags, status=status, torchrun=torchrun)
 
 
 @pytest.mark.parametrize("recipe, names", [("hinton", "soft"), ("tinybert", "embedding hidden attention")])
-def test_a_student_of_another_width_goes_on_to_the_bit(teacher, tmp_path, command, recipe, names):
+def test_a_student_of_another_width_goes_on_to_the_bit(gpt, tmp_path, command, recipe, names):
     flags = ["--recipe", recipe, "--student", "tinybert6", "--d_model", 16, "--checkpoint_every", 6]
-    done = taught(command, teacher, tmp_path / "whole", *flags)
+    done = taught(command, gpt, tmp_path / "whole", *flags)
     assert "The teacher: val_loss" in done.stdout
     row = metrics(tmp_path / "whole")[-1]
     assert {"hard", *names.split()} < set(row)
@@ -243,35 +235,36 @@ def test_a_student_of_another_width_goes_on_to_the_bit(teacher, tmp_path, comman
     (tmp_path / "cut" / "result.json").unlink()
     (tmp_path / "cut" / "model.safetensors").unlink()
     load_run(tmp_path / "cut")  # an unfinished one opens, without its projections
-    assert "going on from" in taught(command, teacher, tmp_path / "cut", *flags).stdout
+    assert "going on from" in taught(command, gpt, tmp_path / "cut", *flags).stdout
     whole, cut = (load_tensors(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
     model, _ = load_run(tmp_path / "whole")
     assert model.config.d_model == 16 and model.config.n_layers == 1
-    before = json.loads((teacher / "result.json").read_text())["parameters"]
+    before = json.loads((gpt / "result.json").read_text())["parameters"]
     assert last_json(done)["parameters"] == model.num_params() < before
     command("compress.py", "quantize", tmp_path / "whole", "--out", tmp_path / "int8")
 
 
-def test_several_processes_teach_as_one(teacher, tmp_path, command):
+def test_several_processes_teach_as_one(gpt, tmp_path, command):
     flags = ["--recipe", "distilbert", "--d_model", 16, "--dtype", "float32"]
-    one = last_json(taught(command, teacher, tmp_path / "one", *flags))
-    two = last_json(taught(command, teacher, tmp_path / "two", *flags, "--accumulation", 2, torchrun=2))
+    one = last_json(taught(command, gpt, tmp_path / "one", *flags))
+    two = last_json(taught(command, gpt, tmp_path / "two", *flags, "--accumulation", 2, torchrun=2))
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
 
 
-def test_refusals(teacher, text_file, tmp_path, command):
+def test_refusals(gpt, text_file, tmp_path, command):
     other = tmp_path / "bpe"
     size = ["--n_layers", 1, "--n_heads", 2, "--d_model", 32, "--max_len", 32, "--device", "cpu", "--lr", 0]
     quick = ["--steps", 1, "--eval_every", 0, "--sample_every", 0]
     command("train_gpt.py", "--data", text_file, "--vocab_size", 300, *size, *quick, "--out", other)
     for run, flags, message in [
-        (teacher, ["--layer_map", "0:0,2:1"], "no 2"),
-        (teacher, ["--recipe", "tinybert", "--n_heads", 1], "has 1 heads"),
-        (teacher, ["--init", other], "another tokenizer"),
-        (teacher, ["--recipe", "hintn"], "did you mean hinton"),
-        (teacher, ["--alpha", 0.5, "--soft", 1], "--alpha"),
-        (teacher, ["--soft", 0, "--hard", 0], "nothing to learn"),
+        (gpt, ["--layer_map", "0:0,2:1"], "no 2"),
+        (gpt, ["--recipe", "tinybert", "--n_heads", 1], "has 1 heads"),
+        (gpt, ["--init", other], "another tokenizer"),
+        (gpt, ["--init", gpt.parent / "nothing"], "no such run folder"),
+        (gpt, ["--recipe", "hintn"], "did you mean hinton"),
+        (gpt, ["--alpha", 0.5, "--soft", 1], "--alpha"),
+        (gpt, ["--soft", 0, "--hard", 0], "nothing to learn"),
         (other, [], "no better than chance"),
     ]:
         done = taught(command, run, tmp_path / "x", *flags, status=2)
