@@ -1,28 +1,33 @@
 """Make a run smaller: prune, quantize, reduce or distill it; each writes a run that every other command opens."""
 
-from pathlib import Path
+import dataclasses
 
 import numpy as np
-import torch
 
-from mini import compare, distill, prune, quant, runs
+import train_bert
+import train_gpt
+from mini import compare, prune, quant
 from mini.config import (
+    TASK_CONFIGS,
+    CompressOptions,
+    DataConfig,
     DistillConfig,
+    OptimConfig,
     PruneConfig,
     QuantConfig,
     ReduceConfig,
+    TrainConfig,
     UserError,
     dispatch,
     parse_flags,
+    peek,
     run_command,
 )
-from mini.devices import pick_dtype
-from mini.start import Settings, make_world, open_own_task, read_compression, run
-from mini.tokenizer import load_tokenizer
-from mini.train import describe, evaluate
+from mini.devices import World
+from mini.start import Settings, make_world, open_own_task, open_run, read_compression, run_compressed
+from mini.teach import teach, tinybert
 
 CALIBRATION_BATCH = 32
-SHOWN = ("val_loss", "val_bpb", "mlm_accuracy", "nsp_accuracy", "accuracy", "exact_match", "f1")  # of the run before
 QAT_LR = 0.1  # of the run's own: int8 does little harm, which high learning rates would add to (docs/log.md)
 
 
@@ -53,7 +58,8 @@ def prune_run(argv: list[str]) -> None:
         prune.prune(model, options, share, s.train.seed, task, batches)
         masks = world.agree({name: mask.cpu() for name, mask in prune.masks_of(model).items()})
         prune.set_masks(model, {name: mask.to(world.device) for name, mask in masks.items()})
-    finish(s, task, tokenizer, world)
+    run_compressed(s, task, tokenizer, world)
+    world.leave()
 
 
 def quantize_run(argv: list[str]) -> None:
@@ -74,7 +80,8 @@ def quantize_run(argv: list[str]) -> None:
         ranges = world.agree(quant.calibrate(s.start, s.quant.observer, task, batches))
     quant.prepare(s.start, ranges)
     world.say(f"Served as int8: {quant.backend(world.device.type)}")
-    finish(s, task, tokenizer, world)
+    run_compressed(s, task, tokenizer, world)
+    world.leave()
 
 
 def reduce_run(argv: list[str]) -> None:
@@ -91,7 +98,8 @@ def reduce_run(argv: list[str]) -> None:
         keep = sorted(order[: s.reduce.layers])
     s.start = prune.without_layers(s.start, keep)
     world.say(f"Layers kept: {', '.join(map(str, keep))}")
-    finish(s, task, tokenizer, world)
+    run_compressed(s, task, tokenizer, world)
+    world.leave()
 
 
 def layers_to_keep(s: Settings) -> list[int] | None:
@@ -115,27 +123,39 @@ def layers_to_keep(s: Settings) -> list[int] | None:
 
 def distill_run(argv: list[str]) -> None:
     """Teach a smaller model what a run computes."""
+    world = None
+    if argv and peek(argv, "recipe", None) == "tinybert" and peek(argv, "train", None):
+        argv, world = with_teacher(argv)
     s = read_compression(argv, "distill", distill_run.__doc__, DistillConfig, training={}, lr_share=1.0)
-    options, teacher, source = s.distill, s.start, s.run.init
-    if options.init:
-        s.start = runs.load_model(options.init, s.kind)
-        if load_tokenizer(options.init).fingerprint != s.tokenizer.fingerprint:
-            raise UserError(f"--init {options.init}: it has another tokenizer than {source}")
-        heads = ("n_classes", "spans", "mlm", "nsp")
-        if any(getattr(s.start.config, name) != getattr(teacher.config, name) for name in heads):
-            raise UserError(f"--init {options.init}: it has not the heads of {source}, and so another task")
+    world = world or make_world(s.train)
+    if s.distill.recipe == "tinybert" and s.run.task not in ("lm", "mlm"):
+        tinybert(s, world)
     else:
-        torch.manual_seed(s.train.seed)
-        s.start = distill.make_student(teacher, options)
-    world = make_world(s.train)
-    task, tokenizer = open_own_task(s, world)
-    lesson = distill.Distillation(task, s.start, teacher.to(world.device), options)
-    if not runs.checkpoints(Path(s.run.out)):  # where there are, the teacher has been looked at
-        figures = evaluate(teacher, task, world, pick_dtype(s.train.dtype, world.device), CALIBRATION_BATCH)
-        world.say(f"The teacher: {describe(figures)}")
-        if not task.beats_chance(figures):
-            raise UserError(f"{source} is no better than chance at this task: there is nothing to learn from it")
-    finish(s, lesson, tokenizer, world)
+        teach(s, world)
+    world.leave()
+
+
+def with_teacher(argv: list[str]) -> tuple[list[str], World | None]:
+    """TinyBERT's second step where RUN is pretrained only: fine-tunes it, in OUT-teacher, which then is the RUN."""
+    source, train = argv[0], peek(argv, "train", None)
+    if source.startswith("-"):
+        return argv, None
+    pretrained = open_run(source, peek(argv, "tokenizer", None))
+    if pretrained.run.task not in ("lm", "mlm"):
+        return argv, None
+    task = "qa" if train.endswith(".json") else "classify"
+    classes = [CompressOptions, DistillConfig, DataConfig, OptimConfig, TrainConfig, TASK_CONFIGS[task]]
+    (options, _, *parts), given = parse_flags(argv, classes, distill_run.__doc__)
+    if not options.out:
+        raise UserError("name the run folder to make with --out")
+    flags = ["--task", task, "--init", source, "--out", f"{options.out}-teacher", "--overwrite", options.overwrite]
+    for name, value in (item for part in parts for item in dataclasses.asdict(part).items()):
+        flags += [f"--{name}", value] if name in given else []
+    script = {"gpt": train_gpt, "bert": train_bert}[pretrained.kind]
+    settings = script.read([str(flag) for flag in flags])
+    world = make_world(settings.train)
+    script.learn(settings, world)
+    return [f"{options.out}-teacher", *argv[1:], "--general", source], world
 
 
 def report(argv: list[str]) -> None:
@@ -148,15 +168,6 @@ def calibration(task, n: int) -> list:
     """The first n training examples, in batches."""
     n = min(n, task.data.n)
     return [task.data.batch(np.arange(i, min(i + CALIBRATION_BATCH, n))) for i in range(0, n, CALIBRATION_BATCH)]
-
-
-def finish(s: Settings, task, tokenizer, world) -> None:
-    known = {} if runs.is_published(s.run.init) else runs.read_result(Path(s.run.init)) or {}
-    before = {name: value for name, value in known.items() if name in SHOWN}
-    world.say(f"Before, {s.run.init}: {describe(before)}" if before else f"From {s.run.init}")
-    s.model = s.start.config
-    torch.manual_seed(s.train.seed)
-    run(s, s.start, task, tokenizer, world)
 
 
 COMMANDS = {

@@ -1,17 +1,27 @@
 """Pretrain or fine-tune a GPT. Without arguments: a small one on Python's own documentation, minutes on a laptop."""
 
 from mini.config import GPT_PRESETS, run_command
-from mini.start import make_model, make_world, open_task, read_settings, run
+from mini.devices import World
+from mini.start import Settings, make_model, make_world, open_task, read_settings, run
 
 TASKS = ("lm", "classify", "pairs")  # predict text, tell a text's label, answer prompts
 
 
-def main(argv: list[str]) -> None:
-    settings = read_settings(argv, __doc__, "gpt", TASKS, GPT_PRESETS)
-    world = make_world(settings.train)
+def read(argv: list[str]) -> Settings:
+    return read_settings(argv, __doc__, "gpt", TASKS, GPT_PRESETS)
+
+
+def learn(settings: Settings, world: World) -> None:
     task, tokenizer = open_task(settings, world)  # text -> tokens -> the examples of each step
     model = make_model(settings, task, tokenizer)
     run(settings, model, task, tokenizer, world)
+
+
+def main(argv: list[str]) -> None:
+    settings = read(argv)
+    world = make_world(settings.train)
+    learn(settings, world)
+    world.leave()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from mini import bench as benchmarks
+from mini import rewrite as rewriting
 from mini import squad
 from mini.augment import NORMALIZATIONS, normalize, parse_steps
 from mini.config import (
@@ -258,6 +259,31 @@ def answer(argv: list[str]) -> None:
 
 
 @dataclass
+class RewriteOptions(Checked):
+    """Write labelled texts anew: copies of each with words that a pretrained BERT finds likely in their places."""
+
+    run: str = option("", "a BERT's run of --task mlm, or published weights with that head", positional="1")
+    file: str = option("", ".tsv, .csv or .jsonl with text, [text_b] and label", positional="1")
+    out: str = option("", "the file to write, of the same kind: the texts, each followed by its copies")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+
+
+def rewrite(argv: list[str]) -> None:
+    (options, how), _ = parse_flags(argv, [RewriteOptions, rewriting.RewriteConfig], RewriteOptions.__doc__)
+    source, out = Path(options.file), Path(options.out)
+    if not options.out:
+        raise UserError("name the file to write with --out")
+    if out.suffix != source.suffix or out.resolve() == source.resolve():
+        raise UserError(f"--out {out}: name another {source.suffix} file than {source}")
+    read_rows(source, ["text", "label"], ("text_b",))  # refuses a wrong file before the model is loaded
+    model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
+    if model.mlm is None:
+        raise UserError(f"{options.run} has no head for masked tokens: name the run that it was fine-tuned from")
+    n = rewriting.rewrite(source, out, model, tokenizer, how)
+    print(f"{out}: {n:,} rows, of which {how.copies} in {how.copies + 1} are written anew")
+
+
+@dataclass
 class EmbedOptions(Checked):
     """Turn texts into vectors with a BERT: the mean of the last hidden states over a text's real tokens."""
 
@@ -350,6 +376,7 @@ COMMANDS = {
     "classify": (classify, "tell the label of texts"),
     "answer": (answer, "find the answer to a question in a text"),
     "embed": (embed, "texts -> vectors"),
+    "rewrite": (rewrite, "labelled texts -> more of them, to train on"),
     "tokens": (tokens, "text -> token folder"),
     "bench": (bench, "measure training and generation on this machine"),
 }

@@ -290,6 +290,9 @@ class DistillConfig(Checked):
     d_ff: int = option(0, "of the student; 0: in proportion", low=0)
     start: str = option("auto", "random, or layers of the teacher: uniform, first, last, or 0,2,4; auto: if they fit")
     init: str | None = option(None, "a run that the student goes on from, instead of --student and --start")
+    general: str | None = option(None, "tinybert: the pretrained run of its first step; else the teacher's --init")
+    general_steps: int = option(0, "tinybert: of its first step; 0: as many as that run had", low=0)
+    copies: int = option(4, "tinybert: of each labelled text, with other words by the pretrained BERT", low=0)
     layer_map: str = option("uniform", "who learns from which layer: uniform, last, first, or teacher:student 0:0,2:1")
     temperature: float = option(2.0, "of the soft targets", low=0.01)
     alpha: float | None = option(None, "weight of the soft targets, 1 - alpha that of the labels", low=0, high=1)
@@ -301,6 +304,8 @@ class DistillConfig(Checked):
     attention: float | None = option(None, "weight of the attention scores' error (TinyBERT)", low=0)
     relations: float | None = option(None, "weight of the attention relations (MiniLM)", low=0)
     relation_heads: int = option(0, "heads into which relations are cut; 0: as the teacher has", low=0)
+    cache: str | None = option(None, "a folder that keeps the teacher's answers, for more students of the same batches")
+    top_k: int = option(50, "likeliest classes of each answer that the cache keeps", low=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -308,6 +313,9 @@ class DistillConfig(Checked):
             raise UserError("--alpha is --soft, and 1 - alpha --hard: give alpha or those")
         if not any(self.weights().values()):
             raise UserError("every loss has the weight 0: there is nothing to learn")
+        inner = [name for name in LOSSES[1:] if self.weights()[name]]
+        if self.cache and inner:
+            raise UserError(f"--cache keeps the teacher's answers alone, and --{inner[0]} needs more: leave one out")
 
     def weights(self) -> dict[str, float]:
         """The weight of each loss."""

@@ -85,10 +85,15 @@ class World:
             raise SystemExit(2)  # rank 0 says why
         return make()
 
-    def leave(self) -> None:
-        """Ends together: a process that goes while another still talks to it can take it down."""
+    def wait(self) -> None:
+        """Until all have come so far: what rank 0 has written is there for the others."""
         if self.size > 1:
             dist.barrier()
+
+    def leave(self) -> None:
+        """Ends together: a process that goes while another still talks to it can take it down."""
+        self.wait()
+        if self.size > 1:
             dist.destroy_process_group()
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mini.config import LOSSES, STUDENTS, DistillConfig, ModelConfig, UserError
 from mini.data import Batch
 from mini.prune import chosen_layers, without_layers
+from mini.teacher_cache import TeacherCache, merged_soft_targets
 from mini.transformer import vocabulary_logits
 
 PROJECTED = ("cosine", "embedding", "hidden")  # those between vectors whose widths may differ
@@ -233,6 +234,9 @@ class Distillation:
         self.losses = [name for name in LOSSES if weights[name] > 0]
         self.loss_weights = weights | dict.fromkeys(("mlm", "nsp"), weights["hard"])
         self.check_heads(student)
+        self.cache = None
+        if options.cache and "soft" in self.losses:
+            self.cache = TeacherCache(options.cache, teacher, options.top_k, options.temperature)
         self.data = Counted(task.data, self.losses, 2 if student.config.spans else 1)
         widths = student.config.d_model, teacher.config.d_model
         projected = [name for name in PROJECTED if name in self.losses and widths[0] != widths[1]]
@@ -262,9 +266,19 @@ class Distillation:
         """{name: sum}: what the task asks of the student, and what the teacher does."""
         with observing(model) as mine:
             losses = renamed(self.task.loss(model, inputs))
-        with torch.no_grad(), observing(self.teacher) as theirs:
-            self.task.loss(self.teacher, inputs)
+        if self.cache is not None:
+            theirs, classes = self.cache(inputs, lambda: answers_of(self.teacher, self.ask(inputs), inputs))
+            answers = answers_of(model, mine, inputs)
+            return losses | {"soft": merged_soft_targets(answers, theirs, classes, self.options.temperature)}
+        theirs = self.ask(inputs)
         return losses | {name: self.term(name, model, mine, theirs, inputs) for name in self.losses}
+
+    @torch.no_grad()
+    def ask(self, inputs: dict[str, Tensor]) -> Seen:
+        """What the teacher computes."""
+        with observing(self.teacher) as theirs:
+            self.task.loss(self.teacher, inputs)
+        return theirs
 
     def term(self, name: str, model: nn.Module, mine: Seen, theirs: Seen, inputs: dict[str, Tensor]) -> Tensor:
         """One of the teacher's losses, summed over answers (soft) or tokens."""

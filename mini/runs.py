@@ -204,6 +204,11 @@ def start_from(model: nn.Module, start: nn.Module, where: str | Path, keep_class
     load_weights(model, {n: t for n, t in found.items() if n in mine or n.startswith("stack.")}, where)
 
 
+def init_of(folder: str | Path) -> str | None:
+    """The run that a run was made from; None for published weights."""
+    return None if is_published(folder) else read_config(folder).init
+
+
 def read_quant(folder: str | Path) -> QuantConfig | None:
     """How a run's matrices are quantized; None where they are not."""
     return None if is_published(folder) else read_config(folder).quant

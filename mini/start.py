@@ -35,7 +35,7 @@ from mini.labelled import LabelledTexts, PromptAnswers, column_texts
 from mini.squad import QuestionAnswers, squad_texts
 from mini.storage import weights
 from mini.tokenizer import Tokenizer, make_tokenizer
-from mini.train import part_size, train
+from mini.train import describe, part_size, train
 
 FINETUNE = dict(
     optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,
@@ -47,6 +47,7 @@ HEAL_LR = 0.3
 HEAL = dict(
     steps=0, epochs=0.0, schedule="linear", warmup=0.05, min_lr=0.0, eval_every=0, sample_every=0, checkpoint_every=250,
 )  # fmt: skip
+SHOWN = ("val_loss", "val_bpb", "mlm_accuracy", "nsp_accuracy", "accuracy", "exact_match", "f1")  # of the run before
 # What a run to start from has settled.
 SHAPE = {"n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_ff", "vocab_size", "activation", "tied", "bias",
          "n_segments"}  # fmt: skip
@@ -146,13 +147,16 @@ def read_compression(
 ) -> Settings:
     """Reads `RUN --out RUN2 ...` of compress.py into Settings, `name` the field for the recipe of that class.
 
-    Data and optimizer are those of the run, learning rates times lr_share, unless `training` or flags say otherwise.
+    Data, task and optimizer are those of the run, learning rates times lr_share, unless `training` or flags say
+    otherwise.
     """
     description += "\n\nRUN --help shows the values of that run, which are the defaults of training."
     source = next((word for word in argv[:1] if not word.startswith("-")), None)
     # Without a source: --help, or a RUN that is missing.
     settings = open_run(source, peek(argv, "tokenizer", None)) if source else None
     parts = [settings.data, settings.optim, settings.train] if source else [DataConfig(), OptimConfig(), TrainConfig()]
+    if source and settings.run.task in ("classify", "qa"):  # of pretraining, --nsp is settled by the heads
+        parts.append(settings.task_options)
     defaults = {f: v for part in parts for f, v in dataclasses.asdict(part).items()}
     defaults |= {f: lr_share * defaults[f] for f in ("lr", "embed_lr", "head_lr")} | training
     defaults = {f: v for f, v in defaults.items() if f not in field_names(recipe)}
@@ -165,7 +169,8 @@ def read_compression(
         raise UserError("name the run folder to make with --out")
     if {"steps", "epochs"} <= given:
         raise UserError("--steps and --epochs: give one of them")
-    settings.data, settings.optim, settings.train = parts
+    settings.data, settings.optim, settings.train, *rest = parts
+    settings.task_options = rest[0] if rest else settings.task_options
     if "steps" in given:
         settings.train.epochs = 0.0
     if "schedule" in field_names(recipe):  # then the flag of this name is the recipe's
@@ -258,6 +263,16 @@ def make_model(settings: Settings, task, tokenizer: Tokenizer, **heads) -> nn.Mo
     return model
 
 
+def run_compressed(s: Settings, task, tokenizer: Tokenizer, world: World) -> None:
+    """Trains what compress.py has made of a run, s.start, and says how good that run was."""
+    known = {} if runs.is_published(s.run.init) else runs.read_result(Path(s.run.init)) or {}
+    before = {name: value for name, value in known.items() if name in SHOWN}
+    world.say(f"Before, {s.run.init}: {describe(before)}" if before else f"From {s.run.init}")
+    s.model = s.start.config
+    torch.manual_seed(s.train.seed)
+    run(s, s.start, task, tokenizer, world)
+
+
 def run(settings: Settings, model: nn.Module, task, tokenizer: Tokenizer, world: World) -> None:
     """Trains in the run folder, new or going on, and says how it went."""
     s = settings
@@ -282,9 +297,9 @@ def run(settings: Settings, model: nn.Module, task, tokenizer: Tokenizer, world:
         example = " ".join(shlex.quote(part) for part in task.example())
         print(f"\nThe run is in {out}. Next: python -m mini {task.command} {out} {example}")
         print(json.dumps(result))
-    world.leave()
     if locked:
         locked.close()
+    world.wait()
 
 
 def prologue(model: nn.Module, task, world: World) -> str:

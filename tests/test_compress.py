@@ -170,11 +170,6 @@ def test_labels_have_to_be_those_of_the_run(classifier, tmp_path, command):
         assert not (tmp_path / "x").exists()
 
 
-def test_a_student_has_its_teachers_heads(classifier, bert, tmp_path, command):
-    done = compress(command, "distill", classifier, tmp_path / "x", "--init", bert, status=2)
-    assert "another task" in done.stderr and not (tmp_path / "x").exists()
-
-
 def test_int8_file_is_a_quarter(text_file, tmp_path, command):
     flags = ["--steps", 2, "--eval_every", 0, "--sample_every", 0]
     model = ["--tokenizer", "bytes", "--n_layers", 2, "--n_heads", 4, "--d_model", 128, "--max_len", 32]

@@ -1,0 +1,130 @@
+"""Labelled texts, written anew: words replaced by what a masked language model would say in their places.
+
+TinyBERT's augmentation (Jiao et al. 2020, §3.2, algorithm 1): of each text `copies` more, in which each word goes with
+probability `rate`, its successor drawn from the `top` likeliest at its place. Here every seventh word is masked at a
+time, about as in pretraining, instead of one; and words of several tokens, for which TinyBERT asks GloVe, stay.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from mini.config import Checked, option
+from mini.data import mix
+from mini.labelled import pad, read_rows, text_ids
+from mini.storage import write_text
+from mini.tokenizer import Tokenizer
+from mini.train import progress_bar
+
+TURNS = 7  # masked copies of a text, in each of which every seventh word is masked
+BATCH = 16  # texts at a time
+
+
+@dataclass
+class RewriteConfig(Checked):
+    """How many copies of a text, and how much of them is new."""
+
+    copies: int = option(4, "of each text", low=1)
+    rate: float = option(0.4, "share of the words that are replaced", low=0, high=1)
+    top: int = option(15, "likeliest words from which one is drawn", low=1)
+    seed: int = option(1, "of the draws", low=0, high=2**63 - 1)
+
+
+def rewrite(source: Path, out: Path, model: nn.Module, tokenizer: Tokenizer, options: RewriteConfig) -> int:
+    """Writes a file like source, each row followed by its copies with the same label; returns the number of rows.
+
+    model: a Bert with a head for masked tokens. Texts longer than its max_len are cut in the copies.
+    """
+    rows = [row for _, row in read_rows(source, ["text", "label"], ("text_b",))]
+    names = [name for name in ("text", "text_b") if name in rows[0]]
+    texts = [row[name] for row in rows for name in names]
+    copies = written_anew(model.eval(), tokenizer, texts, options)
+    result = []
+    for row in rows:
+        variants = zip(*(next(copies) for _ in names), strict=True)
+        result += [row, *(row | dict(zip(names, variant, strict=True)) for variant in variants)]
+    write_text(out, as_file(result, out.suffix))
+    return len(result)
+
+
+def written_anew(
+    model: nn.Module, tokenizer: Tokenizer, texts: list[str], options: RewriteConfig
+) -> Iterator[list[str]]:
+    """For each text its copies."""
+    words = word_tokens(tokenizer)
+    with progress_bar(total=len(texts), desc="writing texts anew", unit="text", delay=2, leave=False) as bar:
+        for start in range(0, len(texts), BATCH):
+            part = [tokenizer.encode(text) for text in texts[start : start + BATCH]]
+            rows = [text_ids(tokenizer, model.config.max_len, ids)[0] for ids in part]
+            for i, likely in enumerate(candidates(model, tokenizer, rows, words, options.top)):
+                keys = (mix(options.seed, start + i, copy) for copy in range(options.copies))
+                yield [replaced(tokenizer, rows[i], likely, options.rate, key) for key in keys]
+                bar.update()
+
+
+def word_tokens(tokenizer: Tokenizer) -> np.ndarray:
+    """(V,) True for tokens that are a word, or the beginning of one, as they stand in a text."""
+    special = set(tokenizer.special.values())
+    text = ["" if i in special else token.decode(errors="replace") for i, token in enumerate(tokenizer.table)]
+    if tokenizer.lossless:  # a word holds the space before it
+        return np.array([t[:1] == " " and t[1:].isalpha() for t in text])
+    return np.array([t.isalpha() for t in text]) & ~tokenizer.word_edges[1]
+
+
+@torch.inference_mode()
+def candidates(
+    model: nn.Module, tokenizer: Tokenizer, rows: list[list[int]], words: np.ndarray, top: int
+) -> list[dict[int, list[int]]]:
+    """For each text {place of a word of one token: the likeliest words there}."""
+    device = next(model.parameters()).device
+    places = []
+    for row in rows:
+        ids = np.array(row)
+        goes_on = np.append(tokenizer.continues_word(ids)[1:], False)  # into the next token
+        places.append(np.flatnonzero(words[ids] & ~goes_on))
+    found: list[dict[int, list[int]]] = [{} for _ in rows]
+    allowed = torch.from_numpy(words).to(device)  # (V,)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    tokens = pad(rows, tokenizer.pad).to(device)  # (B, T)
+    for turn in range(TURNS):
+        mine = [row[turn::TURNS].tolist() for row in places]
+        if not any(mine):
+            continue
+        masked, at = tokens.clone(), pad([p or [0] for p in mine], 0).to(device)  # (B, T), (B, M)
+        for b, chosen in enumerate(mine):
+            masked[b, chosen] = tokenizer.mask
+        logits = model.predict(masked, lengths, at)[0].float()[..., : len(words)]  # (B, M, V)
+        best = logits.masked_fill(~allowed, -torch.inf).topk(min(top, int(words.sum()))).indices.tolist()
+        for b, chosen in enumerate(mine):
+            found[b] |= {place: best[b][m] for m, place in enumerate(chosen)}
+    return found
+
+
+def replaced(tokenizer: Tokenizer, ids: list[int], likely: dict[int, list[int]], rate: float, key: int) -> str:
+    """The text of [CLS] ids [SEP] with some of its words exchanged; the draws depend on key alone."""
+    rng = np.random.Generator(np.random.Philox(key=key))
+    ids = list(ids)
+    for place, tokens in likely.items():
+        if rng.random() < rate:
+            ids[place] = tokens[rng.integers(len(tokens))]
+    return " ".join(tokenizer.decode(ids[1:-1]).split())
+
+
+def as_file(rows: list[dict], suffix: str) -> str:
+    """Rows as read_rows reads them."""
+    rows = [{name: row[name] for name in ("text", "text_b", "label") if name in row} for row in rows]
+    if suffix == ".jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = io.StringIO()
+    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None) if suffix == ".tsv" else {}
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", **form)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
