@@ -59,7 +59,7 @@ def attention_error(student: "QKV", teacher: "QKV", visible: Tensor, real: Tenso
 
     visible (B, T, T): which keys a query may look at; real (B, T): the queries that count.
     """
-    error = (scores(student.q, student.k) - scores(teacher.q, teacher.k)).square()  # (B, H, T, T)
+    error = (scores(student.q, student.k).float() - scores(teacher.q, teacher.k)).square()  # (B, H, T, T)
     per_query = (error * visible[:, None]).sum(dim=-1) / visible.sum(dim=-1).clamp(min=1)[:, None]  # (B, H, T)
     return (per_query.mean(dim=1) * real).sum()
 
@@ -73,14 +73,15 @@ def relation_error(student: Tensor, teacher: Tensor, heads: int, visible: Tensor
     for x in (student, teacher):
         B, H, T, D = x.shape
         x = x.transpose(1, 2).reshape(B, T, heads, H * D // heads).transpose(1, 2)  # (B, A, T, H D / A)
-        relations.append(scores(x, x).masked_fill(~visible[:, None], NEVER).log_softmax(dim=-1))  # (B, A, T, T)
+        mask = torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, NEVER)  # added: faster than masked_fill
+        relations.append((scores(x, x) + mask[:, None]).log_softmax(dim=-1, dtype=torch.float32))  # (B, A, T, T)
     divergence = F.kl_div(*relations, log_target=True, reduction="none").sum(dim=-1)  # (B, A, T)
     return (divergence.mean(dim=1) * real).sum()
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
     """QKᵀ/√D of (B, H, T, D) -> (B, H, T, T)."""
-    return (q.float() @ k.float().transpose(-2, -1)) / math.sqrt(q.size(-1))
+    return q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)
 
 
 # ---------------------------------------------------------------- what a model computes on the way
