@@ -25,7 +25,7 @@ from mini.config import (
 )
 from mini.devices import World
 from mini.start import Settings, make_world, open_own_task, open_run, read_compression, run_compressed
-from mini.teach import teach, tinybert
+from mini.teach import PRETRAINING, check, teach, tinybert
 
 CALIBRATION_BATCH = 32
 QAT_LR = 0.1  # of the run's own: int8 does little harm, which high learning rates would add to (docs/log.md)
@@ -127,8 +127,9 @@ def distill_run(argv: list[str]) -> None:
     if argv and peek(argv, "recipe", None) == "tinybert" and peek(argv, "train", None):
         argv, world = with_teacher(argv)
     s = read_compression(argv, "distill", distill_run.__doc__, DistillConfig, training={}, lr_share=1.0)
+    check(s)
     world = world or make_world(s.train)
-    if s.distill.recipe == "tinybert" and s.run.task not in ("lm", "mlm"):
+    if s.distill.recipe == "tinybert" and s.run.task not in PRETRAINING:
         tinybert(s, world)
     else:
         teach(s, world)
@@ -140,18 +141,30 @@ def with_teacher(argv: list[str]) -> tuple[list[str], World | None]:
     source, train = argv[0], peek(argv, "train", None)
     if source.startswith("-"):
         return argv, None
-    pretrained = open_run(source, peek(argv, "tokenizer", None))
-    if pretrained.run.task not in ("lm", "mlm"):
+    s = open_run(source, peek(argv, "tokenizer", None))
+    if s.run.task not in PRETRAINING:
         return argv, None
-    task = "qa" if train.endswith(".json") else "classify"
-    classes = [CompressOptions, DistillConfig, DataConfig, OptimConfig, TrainConfig, TASK_CONFIGS[task]]
-    (options, _, *parts), given = parse_flags(argv, classes, distill_run.__doc__)
+    s.run.task = "qa" if train == "python-docs" or train.endswith(".json") else "classify"
+    classes = [CompressOptions, DistillConfig, DataConfig, OptimConfig, TrainConfig, TASK_CONFIGS[s.run.task]]
+    (options, s.distill, *parts), s.given = parse_flags(argv, classes, distill_run.__doc__)
     if not options.out:
         raise UserError("name the run folder to make with --out")
-    flags = ["--task", task, "--init", source, "--out", f"{options.out}-teacher", "--overwrite", options.overwrite]
+    if s.distill.general:
+        raise UserError(f"--general: {source} is pretrained and has that part; leave it out")
+    check(s)
+    flags = [
+        "--task",
+        s.run.task,
+        "--init",
+        source,
+        "--out",
+        f"{options.out}-teacher",
+        "--overwrite",
+        options.overwrite,
+    ]
     for name, value in (item for part in parts for item in dataclasses.asdict(part).items()):
-        flags += [f"--{name}", value] if name in given else []
-    script = {"gpt": train_gpt, "bert": train_bert}[pretrained.kind]
+        flags += [f"--{name}", value] if name in s.given else []
+    script = {"gpt": train_gpt, "bert": train_bert}[s.kind]
     settings = script.read([str(flag) for flag in flags])
     world = make_world(settings.train)
     script.learn(settings, world)

@@ -288,12 +288,18 @@ class DistillConfig(Checked):
     n_heads: int = option(0, "of the student; 0: as the teacher has", low=0)
     d_model: int = option(0, "of the student; 0: as its size has", low=0)
     d_ff: int = option(0, "of the student; 0: in proportion", low=0)
-    start: str = option("auto", "random, or layers of the teacher: uniform, first, last, or 0,2,4; auto: if they fit")
+    start: str = option(
+        "auto", "random, or layers of the teacher: uniform (0,2,4,7,9,11 of 12), first, last, 0,2,4; auto: if they fit"
+    )
     init: str | None = option(None, "a run that the student goes on from, instead of --student and --start")
-    general: str | None = option(None, "tinybert: the pretrained run of its first step; else the teacher's --init")
+    general: str | None = option(
+        None, "tinybert: pretrained run of its first step, which keeps its settings but --data"
+    )
     general_steps: int = option(0, "tinybert: of its first step; 0: as many as that run had", low=0)
     copies: int = option(4, "tinybert: of each labelled text, with other words by the pretrained BERT", low=0)
-    layer_map: str = option("uniform", "who learns from which layer: uniform, last, first, or teacher:student 0:0,2:1")
+    layer_map: str = option(
+        "uniform", "who learns from which: uniform (2,5,8,11 of 12), last, first, or teacher:student 0:0,2:1"
+    )
     temperature: float = option(2.0, "of the soft targets", low=0.01)
     alpha: float | None = option(None, "weight of the soft targets, 1 - alpha that of the labels", low=0, high=1)
     hard: float | None = option(None, "weight of the task's own loss, of the labels", low=0)

@@ -1,14 +1,25 @@
 """Distillation: a small model, the student, learns from what a large one, the teacher, computes on the same input.
 
-    soft targets   the teacher's probabilities at a temperature          Hinton et al. 2015, Sanh et al. 2019
-    cosine         the direction of the last hidden states               Sanh et al. 2019, "DistilBERT", §3
-    embedding      what enters the first block                           Jiao et al. 2020, "TinyBERT", eq. 9
-    hidden         what leaves each block                                 Jiao et al. 2020, eq. 8
-    attention      the scores before softmax                              Jiao et al. 2020, eq. 7
-    relations      how queries, keys and values attend to themselves      Wang et al. 2021, "MiniLMv2", eq. 3-5
+Hinton et al. 2015: the teacher's probabilities say more than a label, namely which wrong answers are nearly right. A
+temperature T > 1 lifts these small probabilities, so that they count.
+    soft         T² KL(p_T ‖ p_S), p = softmax(logits / T)
+
+Sanh et al. 2019, "DistilBERT": the same while pretraining, by a student that begins with every other layer of its
+teacher; and its last hidden states point where the teacher's do.
+    cosine       1 - cos(h_S, h_T)
+
+Jiao et al. 2020, "TinyBERT": a narrower student copies its teacher's inside layer by layer, seen through a matrix W
+that it learns; first on plain text, then on a task. The answers come last (mini/teach.py has the four steps).
+    embedding    MSE(E_S W, E_T)      what enters the first block (eq. 9)
+    hidden       MSE(H_S W, H_T)      what leaves each block (eq. 8)
+    attention    MSE(A_S, A_T)        A = QKᵀ/√D before softmax, head by head (eq. 7)
+
+Wang et al. 2021, "MiniLMv2": of one layer alone how its queries, keys and values relate, each to each other of its
+kind. No W is needed, nor as many heads.
+    relations    KL(R_T ‖ R_S), R = softmax(XXᵀ/√D), for X = Q, K and V (eq. 3-5)
 
 Each loss is a sum over N predictions or tokens, which the loop divides by their number in the whole batch: so nothing
-depends on padding, or on how a batch is cut.
+depends on padding, or on how a batch is cut. `hard` is the task's own loss, of the labels.
 """
 
 import contextlib
@@ -98,6 +109,7 @@ class Seen:
 
     real: Tensor | None = None  # (B, T), True where a token is real
     hidden: list[Tensor] = field(default_factory=list)  # L + 1 of (B, T, C): what enters the blocks, what leaves each
+    final: Tensor | None = None  # (B, T, C): what leaves the last, with pre-norm normed
     attention: list[QKV] = field(default_factory=list)  # of each block
     logits: Tensor | None = None
 
@@ -114,7 +126,7 @@ def observing(model: nn.Module) -> Iterator[Seen]:
         seen.hidden, seen.attention = [], []
 
     def end(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-        seen.hidden[-1] = output  # with pre-norm, normed
+        seen.final = output
 
     def head_output(module: nn.Module, arguments: tuple, output: Tensor) -> None:
         seen.logits = output
@@ -187,6 +199,27 @@ def layer_map(spec: str, n_student: int, n_teacher: int) -> list[tuple[int, int]
     return pairs
 
 
+def matched_layers(student: ModelConfig, teacher: ModelConfig, options: DistillConfig) -> list[tuple[int, int]]:
+    """The pairs of --layer_map, by the student's layers, if a loss needs them; refuses heads that it forbids."""
+    weights = options.weights()
+    if not any(weights[name] for name in ("hidden", "attention", "relations")) and options.layer_map == "uniform":
+        return []
+    pairs = sorted(layer_map(options.layer_map, student.n_layers, teacher.n_layers))
+    mine, theirs = student.layers("n_heads"), teacher.layers("n_heads")
+    for m, t in pairs:
+        if weights["attention"] and mine[m] != theirs[t]:
+            raise UserError(
+                f"--attention: layer {m} of the student has {mine[m]} heads, layer {t} of its teacher {theirs[t]}; "
+                f"give --n_heads, or compare their --relations, which need not have as many"
+            )
+    m, t = pairs[-1]
+    heads = options.relation_heads or theirs[t]
+    for width in (mine[m] * student.head_size, theirs[t] * teacher.head_size):
+        if weights["relations"] and width % heads:
+            raise UserError(f"--relation_heads {heads}: a width of {width} cannot be cut into so many")
+    return pairs
+
+
 def student_config(teacher: ModelConfig, options: DistillConfig) -> ModelConfig:
     """The student's shape: a named one, relative to the teacher's, or as the flags say."""
     depth, width = STUDENTS[options.student]
@@ -205,9 +238,9 @@ def student_config(teacher: ModelConfig, options: DistillConfig) -> ModelConfig:
 
 
 def make_student(teacher: nn.Module, options: DistillConfig) -> nn.Module:
-    """A student of this teacher; one of the same width begins with some of its layers."""
+    """A student of this teacher; one of the same width begins with some of its layers, their masks included."""
     config, n = student_config(teacher.config, options), teacher.config.n_layers
-    alike = config == dataclasses.replace(teacher.config, n_layers=config.n_layers) and config.n_layers <= n
+    alike = config.n_layers <= n and dataclasses.replace(config, n_layers=n) == teacher.config
     if options.start == "random" or (options.start == "auto" and not alike):
         return type(teacher)(config)
     if not alike:
@@ -230,11 +263,11 @@ class Distillation:
 
     def __init__(self, task, student: nn.Module, teacher: nn.Module, options: DistillConfig):
         self.task, self.teacher, self.options = task, teacher.eval().requires_grad_(False), options
-        self.pairs = layer_map(options.layer_map, len(student.stack.blocks), len(teacher.stack.blocks))
         weights = options.weights()
-        self.losses = [name for name in LOSSES if weights[name] > 0]
+        self.losses = [name for name in LOSSES if weights[name]]
         self.loss_weights = weights | dict.fromkeys(("mlm", "nsp"), weights["hard"])
-        self.check_heads(student)
+        self.best = task.best if weights["hard"] or weights["soft"] else None  # else the head learns nothing
+        self.pairs = matched_layers(student.config, teacher.config, options)
         self.cache = None
         if options.cache and "soft" in self.losses:
             self.cache = TeacherCache(options.cache, teacher, options.top_k, options.temperature)
@@ -244,22 +277,6 @@ class Distillation:
         if projected:  # W of TinyBERT's eq. 8 and 9: part of the student while it learns
             student.projections = nn.ModuleDict({name: nn.Linear(*widths, bias=False) for name in projected})
 
-    def check_heads(self, student: nn.Module) -> None:
-        """Refuses attention losses that these heads do not allow."""
-        mine, theirs = (model.config.layers("n_heads") for model in (student, self.teacher))
-        for m, t in self.pairs:
-            if "attention" in self.losses and mine[m] != theirs[t]:
-                raise UserError(
-                    f"--attention: layer {m} of the student has {mine[m]} heads, layer {t} of its teacher {theirs[t]}; "
-                    f"give --n_heads, or compare their --relations, which need not have as many"
-                )
-        m, t = self.pairs[-1]
-        heads = self.options.relation_heads or theirs[t]
-        for n, model in ((mine[m], student), (theirs[t], self.teacher)):
-            width = n * model.config.head_size
-            if "relations" in self.losses and width % heads:
-                raise UserError(f"--relation_heads {heads}: a width of {width} cannot be cut into so many")
-
     def __getattr__(self, name: str):
         return getattr(self.task, name)
 
@@ -267,6 +284,8 @@ class Distillation:
         """{name: sum}: what the task asks of the student, and what the teacher does."""
         with observing(model) as mine:
             losses = renamed(self.task.loss(model, inputs))
+        if not self.losses:  # --soft 0 alone: the same student without a teacher
+            return losses
         if self.cache is not None:
             theirs, classes = self.cache(inputs, lambda: answers_of(self.teacher, self.ask(inputs), inputs))
             answers = answers_of(model, mine, inputs)
@@ -285,28 +304,32 @@ class Distillation:
         """One of the teacher's losses, summed over answers (soft) or tokens."""
         real, pairs = mine.real, self.pairs
 
-        def tokens(side: Seen, layer: int) -> Tensor:  # (N, C) of the real ones
-            return side.hidden[layer][real]
-
-        def projected(name: str, layer: int) -> Tensor:
-            x = tokens(mine, layer)
-            return model.projections[name](x) if name in (getattr(model, "projections", None) or ()) else x
+        def both(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # (N, C) each, of the real tokens, equally wide
+            x = x[real]
+            if name in (getattr(model, "projections", None) or ()):
+                x = model.projections[name](x)
+            return x, y[real]
 
         if name == "soft":
             answers = (answers_of(m, seen, inputs) for m, seen in ((model, mine), (self.teacher, theirs)))
             return soft_targets(*answers, self.options.temperature)
         if name == "cosine":
-            return cosine(projected("cosine", -1), tokens(theirs, -1))
+            return cosine(*both(mine.final, theirs.final))
         if name == "embedding":
-            return squared_error(projected("embedding", 0), tokens(theirs, 0))
+            return squared_error(*both(mine.hidden[0], theirs.hidden[0]))
         if name == "hidden":
-            return sum(squared_error(projected("hidden", m + 1), tokens(theirs, t + 1)) for m, t in pairs)
+            last = len(mine.attention) - 1, len(theirs.attention) - 1
+            special = {
+                last: (mine.final, theirs.final)
+            }  # two last layers as their heads see them, with pre-norm normed
+            states = [special.get((m, t), (mine.hidden[m + 1], theirs.hidden[t + 1])) for m, t in pairs]
+            return sum(squared_error(*both(x, y)) for x, y in states)
         visible = real[:, None, :].expand(-1, real.size(1), -1)  # (B, T, T)
         if model.config.causal:
             visible = visible.tril()
         if name == "attention":
             return sum(attention_error(mine.attention[m], theirs.attention[t], visible, real) for m, t in pairs)
-        m, t = pairs[-1]  # MiniLM: one layer of each, with --layer_map last or uniform the last
+        m, t = pairs[-1]  # one layer of each, with --layer_map last or uniform the last
         a, b = mine.attention[m], theirs.attention[t]
         heads = self.options.relation_heads or b.q.size(1)
         return sum(relation_error(x, y, heads, visible, real) for x, y in ((a.q, b.q), (a.k, b.k), (a.v, b.v)))

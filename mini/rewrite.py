@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mini.config import Checked, option
+from mini.config import Checked, UserError, option
 from mini.data import mix
 from mini.labelled import pad, read_rows, text_ids
 from mini.storage import write_text
@@ -40,18 +40,23 @@ class RewriteConfig(Checked):
 def rewrite(source: Path, out: Path, model: nn.Module, tokenizer: Tokenizer, options: RewriteConfig) -> int:
     """Writes a file like source, each row followed by its copies with the same label; returns the number of rows.
 
-    model: a Bert with a head for masked tokens. Texts longer than its max_len are cut in the copies.
+    model: a Bert with a head for masked tokens. Only the first max_len tokens of a text change.
     """
-    rows = [row for _, row in read_rows(source, ["text", "label"], ("text_b",))]
-    names = [name for name in ("text", "text_b") if name in rows[0]]
-    texts = [row[name] for row in rows for name in names]
+    if not word_tokens(tokenizer).any():
+        raise UserError("no token of this tokenizer is a word: nothing can be replaced")
+    found = read_rows(source, ["text", "label"], ("text_b",))
+    names = [name for name in ("text", "text_b") if name in found[0][1]]
+    for place, row in found:
+        if ("text_b" in row) != ("text_b" in names):
+            raise UserError(f"{place}: {'no' if 'text_b' in names else 'a'} 'text_b', unlike in {found[0][0]}")
+    texts = [row[name] for _, row in found for name in names]
     copies = written_anew(model.eval(), tokenizer, texts, options)
-    result = []
-    for row in rows:
+    rows = []
+    for _, row in found:
         variants = zip(*(next(copies) for _ in names), strict=True)
-        result += [row, *(row | dict(zip(names, variant, strict=True)) for variant in variants)]
-    write_text(out, as_file(result, out.suffix))
-    return len(result)
+        rows += [row, *(row | dict(zip(names, variant, strict=True)) for variant in variants)]
+    write_text(out, as_file(rows, out.suffix))
+    return len(rows)
 
 
 def written_anew(
@@ -61,11 +66,13 @@ def written_anew(
     words = word_tokens(tokenizer)
     with progress_bar(total=len(texts), desc="writing texts anew", unit="text", delay=2, leave=False) as bar:
         for start in range(0, len(texts), BATCH):
-            part = [tokenizer.encode(text) for text in texts[start : start + BATCH]]
-            rows = [text_ids(tokenizer, model.config.max_len, ids)[0] for ids in part]
+            part = texts[start : start + BATCH]
+            ids, places = zip(*map(tokenizer.encode_with_offsets, part), strict=True)
+            rows = [text_ids(tokenizer, model.config.max_len, row.tolist())[0] for row in ids]
             for i, likely in enumerate(candidates(model, tokenizer, rows, words, options.top)):
+                likely = {tuple(places[i][place - 1]): tokens for place, tokens in likely.items()}  # [CLS] is before
                 keys = (mix(options.seed, start + i, copy) for copy in range(options.copies))
-                yield [replaced(tokenizer, rows[i], likely, options.rate, key) for key in keys]
+                yield [replaced(part[i], tokenizer, likely, options.rate, key) for key in keys]
                 bar.update()
 
 
@@ -104,17 +111,18 @@ def candidates(
         best = logits.masked_fill(~allowed, -torch.inf).topk(min(top, int(words.sum()))).indices.tolist()
         for b, chosen in enumerate(mine):
             found[b] |= {place: best[b][m] for m, place in enumerate(chosen)}
-    return found
+    return [dict(sorted(row.items())) for row in found]
 
 
-def replaced(tokenizer: Tokenizer, ids: list[int], likely: dict[int, list[int]], rate: float, key: int) -> str:
-    """The text of [CLS] ids [SEP] with some of its words exchanged; the draws depend on key alone."""
+def replaced(text: str, tokenizer: Tokenizer, likely: dict[tuple[int, int], list[int]], rate: float, key: int) -> str:
+    """The text with some of its words exchanged; likely: {[start, end) in the text: tokens}. Only key draws."""
     rng = np.random.Generator(np.random.Philox(key=key))
-    ids = list(ids)
-    for place, tokens in likely.items():
+    parts, done = [], 0
+    for (start, end), tokens in likely.items():
         if rng.random() < rate:
-            ids[place] = tokens[rng.integers(len(tokens))]
-    return " ".join(tokenizer.decode(ids[1:-1]).split())
+            parts += [text[done:start], tokenizer.decode([tokens[rng.integers(len(tokens))]])]
+            done = end
+    return "".join([*parts, text[done:]])
 
 
 def as_file(rows: list[dict], suffix: str) -> str:

@@ -236,8 +236,9 @@ def start_run(
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name another folder with --out")
-    if config.init and Path(config.init).resolve() == folder.resolve():
-        raise UserError(f"{folder}: --out is the run to start from, which stays; name another folder")
+    for source in (config.init, config.distill and config.distill.init):
+        if source and Path(source).resolve() == folder.resolve():
+            raise UserError(f"{folder}: --out is the run to start from, which stays; name another folder")
     locked = lock(folder) if main else None
     if overwrite and main and folder.exists() and any(folder.iterdir()):
         read_config(folder)  # only a run is ever deleted

@@ -226,7 +226,8 @@ class Classification:
         }
 
     def beats_chance(self, figures: dict) -> bool:
-        return figures["accuracy"] > figures["majority"]
+        n = np.sum(figures["confusion"])
+        return figures["mcc"] > 2 / math.sqrt(n)  # of n guesses the correlation has the standard deviation 1 / sqrt(n)
 
     def summary(self, result: dict) -> list[str]:
         lines = [
@@ -283,7 +284,7 @@ class QuestionAnswering:
         return {"val_loss": float(sums["loss"] / sums["count/loss"]), **figures}
 
     def beats_chance(self, figures: dict) -> bool:
-        return figures["f1"] > 0
+        return figures["val_loss"] < 0.99 * np.mean([math.log(len(window.ids)) for window in self.data.valid])
 
     def summary(self, result: dict) -> list[str]:
         n = len(self.data.questions)

@@ -1,4 +1,4 @@
-"""From a teacher's run to a student's: one lesson, or the four steps of TinyBERT (Jiao et al. 2020, §3.2).
+"""From a teacher's run to a student's.
 
 teach() trains a student by the losses of --recipe. tinybert() begins with general distillation of the pretrained
 teacher; the second step, fine-tuning the teacher, is behind it; the third and fourth distil that one on its task.
@@ -11,14 +11,44 @@ import torch
 from torch import nn
 
 from mini import distill, rewrite, runs
-from mini.config import DataConfig, UserError
+from mini.config import DataConfig, DistillConfig, UserError
 from mini.devices import World, pick_dtype
 from mini.start import Settings, open_own_task, open_run, run_compressed
+from mini.storage import sha256, weights
+from mini.teacher_cache import digest
 from mini.tokenizer import load_tokenizer
-from mini.train import describe, evaluate
+from mini.train import describe, evaluate, part_size
 
 EVALUATION_BATCH = 32
-PREDICTIONS = dict(recipe="hinton", soft=1.0, hard=0.0, temperature=1.0)  # TinyBERT's last step (eq. 10)
+PRETRAINING = ("lm", "mlm")
+SHAPE = ("student", "start", "n_layers", "n_heads", "d_model", "d_ff")
+INSIDE = (*SHAPE, "layer_map", "embedding", "hidden", "attention")  # what TinyBERT's first and third step read
+
+
+def check(s: Settings) -> None:
+    """Refuses flags that have no effect, and a student that does not fit its teacher, before anything is computed."""
+    options, four_steps = s.distill, s.distill.recipe == "tinybert" and s.run.task not in PRETRAINING
+    loss_weights = options.weights()
+    unused = dict.fromkeys(SHAPE, f"the student is that of --init {options.init}") if options.init else {}
+    if four_steps:
+        unused |= dict.fromkeys(
+            ("soft", "alpha", "cosine", "relations", "relation_heads", "cache"), "tinybert has losses of its own"
+        )
+    else:
+        fine_tuned = "--recipe tinybert reads it, where the run is fine-tuned"
+        unused |= dict.fromkeys(("general", "general_steps", "copies"), fine_tuned)
+        if not loss_weights["soft"]:
+            unused |= dict.fromkeys(("temperature", "cache"), "the soft targets have no weight")
+        if not loss_weights["relations"]:
+            unused["relation_heads"] = "--relations has no weight"
+    if not options.cache:
+        unused["top_k"] = "it is for --cache"
+    for name in sorted(s.given & unused.keys()):
+        raise UserError(f"--{name} has no effect here: {unused[name]}; leave it out")
+    if not (s.train.steps or s.train.epochs):
+        raise UserError(f"{s.run.init} was made without training, so say how long the student learns with --steps")
+    student = going_on(s, options.init).config if options.init else distill.student_config(s.start.config, options)
+    distill.matched_layers(student, s.start.config, options)
 
 
 def teach(s: Settings, world: World, examined: bool = False) -> None:
@@ -33,18 +63,19 @@ def teach(s: Settings, world: World, examined: bool = False) -> None:
     task, tokenizer = open_own_task(s, world)
     lesson = distill.Distillation(task, student, teacher.to(world.device), options)
     if lesson.cache is not None:
-        world.say(
-            f"The teacher's answers are kept in {lesson.cache.folder}: {lesson.cache.batches():,} batches are there"
-        )
+        there = f"{lesson.cache.batches():,} batches are there"
+        world.say(f"The teacher's answers are kept in {lesson.cache.folder}: {there}")
     if not examined:
         examine(s, task, world)
+    if not (lesson.loss_weights["hard"] or lesson.loss_weights["soft"]):
+        world.say("note: no loss here teaches the head, so the task's figures say little yet")
     run_compressed(dataclasses.replace(s, start=student, quant=None), lesson, tokenizer, world)
 
 
 def examine(s: Settings, task, world: World) -> None:
     """Refuses a teacher that has nothing to teach; where training has begun, it has been looked at."""
     out = Path(s.run.out)
-    if runs.checkpoints(out) or runs.read_result(out):
+    if world.agree(not s.run.overwrite and bool(runs.checkpoints(out) or runs.read_result(out))):
         return
     dtype = pick_dtype(s.train.dtype, world.device)
     teacher = s.start.to(world.device)
@@ -57,14 +88,19 @@ def examine(s: Settings, task, world: World) -> None:
 
 def going_on(s: Settings, init: str) -> nn.Module:
     """The student that another run has made, with heads for this teacher's task: fresh where it has not learnt it."""
-    start, teacher = runs.load_model(init, s.kind), s.start
+    start, teacher = runs.load_model(init, s.kind), s.start.config
+    if runs.read_quant(init):
+        raise UserError(f"--init {init}: is quantized, and cannot go on learning; start from the run it was made of")
     if load_tokenizer(init).fingerprint != s.tokenizer.fingerprint:
         raise UserError(f"--init {init}: it has another tokenizer than {s.run.init}")
-    heads = ("n_classes", "spans", "mlm", "nsp", "pooler", "pooling", "dropout")
-    config = dataclasses.replace(start.config, **{name: getattr(teacher.config, name) for name in heads})
-    if config.positions != "learned" or config.max_len > teacher.config.max_len:
-        config.max_len = teacher.config.max_len
-    student = type(teacher)(config)
+    if start.config.vocab_size != teacher.vocab_size:
+        sizes = f"it knows {start.config.vocab_size:,} tokens, {s.run.init} {teacher.vocab_size:,}"
+        raise UserError(f"--init {init}: {sizes}; they have to be as many")
+    if start.config.positions == "learned" and start.config.max_len < teacher.max_len:
+        raise UserError(f"--init {init}: it has learned positions for {start.config.max_len} tokens only, "
+                        f"{s.run.init} for {teacher.max_len}")  # fmt: skip
+    heads = ("n_classes", "spans", "mlm", "nsp", "pooler", "pooling", "dropout", "max_len")
+    student = type(start)(dataclasses.replace(start.config, **{name: getattr(teacher, name) for name in heads}))
     runs.start_from(student, start, init, keep_classes=runs.read_labels(init) == s.labels)
     return student
 
@@ -74,7 +110,7 @@ def tinybert(s: Settings, world: World) -> None:
     """Three runs, none of which is repeated once it is finished:
 
     OUT-general    a student of the pretrained teacher, on its own plain text: embeddings, hidden states, attention
-    OUT-layers     the same of the fine-tuned teacher, on the task's texts and copies of them (OUT-augmented)
+    OUT-layers     the same of the fine-tuned teacher, on the task's texts and copies of them (OUT-augmented-..)
     OUT            its predictions, at the temperature 1
     """
     out, options = s.run.out, s.distill
@@ -84,12 +120,18 @@ def tinybert(s: Settings, world: World) -> None:
         world.say(f"note: {general.run.init} has no head for masked tokens, so texts are not written anew")
         copies = 0
     layers = dataclasses.replace(s, run=dataclasses.replace(s.run, out=f"{out}-layers"))
+    layers.distill = dataclasses.replace(inside(options), init=options.init or f"{out}-general")
     answers = dataclasses.replace(s)
-    layers.distill = dataclasses.replace(options, init=options.init or f"{out}-general")
-    answers.distill = dataclasses.replace(options, init=layers.run.out, **PREDICTIONS)
+    temperature = options.temperature if "temperature" in s.given else 1.0
+    answers.distill = DistillConfig(soft=1.0, hard=options.hard or 0.0, temperature=temperature, init=layers.run.out)
+    steps = [layers, answers] if options.init else [general, layers, answers]
+    for step in steps:
+        part_size(step.train, world)
+        if Path(step.run.out, "config.json").exists() and not s.run.overwrite:
+            there = runs.read_config(step.run.out)
+            if (there.distill, there.init) != (step.distill, step.run.init):
+                raise UserError(f"{step.run.out} holds another run: name another --out, or give --overwrite true")
     task, _ = open_own_task(s, world)
-    if options.init:
-        going_on(s, options.init)  # refuses what does not fit
     examine(layers, task, world)
 
     if not options.init:
@@ -103,39 +145,49 @@ def tinybert(s: Settings, world: World) -> None:
     teach(answers, world, examined=True)
 
 
+def inside(options: DistillConfig) -> DistillConfig:
+    """What of the options TinyBERT's first and third step read."""
+    return DistillConfig(recipe="tinybert", **{name: getattr(options, name) for name in INSIDE})
+
+
 def general_settings(s: Settings) -> Settings:
     """The first step's: the run that the teacher was fine-tuned from, and what that was trained with."""
     options = s.distill
     source = options.general or runs.init_of(s.run.init)
     if not source:
         raise UserError(f"{s.run.init}: name the pretrained run that it was fine-tuned from with --general")
-    general = open_run(source, s.run.init if runs.is_published(source) else None)
-    if general.run.task not in ("lm", "mlm"):
+    named = s.data.tokenizer if "tokenizer" in s.given else s.run.init  # for published weights that come without one
+    general = open_run(source, named if runs.is_published(source) else None)
+    if general.run.task not in PRETRAINING:
         raise UserError(f"--general {source} is fine-tuned itself: name the pretrained run that the teacher came from")
     if general.tokenizer.fingerprint != s.tokenizer.fingerprint:
         raise UserError(f"--general {source}: it has another tokenizer than {s.run.init}")
-    mine, theirs = (distill.student_config(model.config, options) for model in (general.start, s.start))
     for name in ("n_layers", "n_heads", "d_model", "d_ff"):
-        if getattr(mine, name) != getattr(theirs, name):
-            raise UserError(f"--general {source}: its {name} is not that of {s.run.init}, nor its student's")
+        if getattr(general.start.config, name) != getattr(s.start.config, name):
+            raise UserError(f"--general {source}: its {name} is not that of {s.run.init}")
     general.run.out, general.run.overwrite = f"{s.run.out}-general", s.run.overwrite
-    general.distill = dataclasses.replace(options)
-    general.train = dataclasses.replace(general.train, seed=s.train.seed, device=s.train.device, dtype=s.train.dtype)
+    general.distill = inside(options)
+    text = {
+        name: getattr(s.data, name) for name in ("data", "valid_fraction", "separator", "errors") if name in s.given
+    }
+    general.data, general.given = dataclasses.replace(general.data, **text), set(text)
+    loop = {name: getattr(s.train, name) for name in ("seed", "device", "dtype", "accumulation")}
     if options.general_steps:
-        general.train = dataclasses.replace(general.train, steps=options.general_steps, epochs=0.0)
+        loop |= dict(steps=options.general_steps, epochs=0.0)
+    general.train = dataclasses.replace(general.train, **loop)
+    if not (general.train.steps or general.train.epochs):
+        raise UserError(f"{source} was made without training: say how long the first step is with --general_steps")
     return general
 
 
 def written_anew(s: Settings, general: Settings, copies: int, world: World) -> DataConfig:
     """The task's data with copies of its texts, by the pretrained teacher's head for masked tokens."""
-    source = Path(s.data.train)
-    path = Path(f"{s.run.out}-augmented{source.suffix}")
-    if world.main and (s.run.overwrite or not Path(f"{s.run.out}-layers").exists()):
-        path.unlink(missing_ok=True)  # made with other settings, perhaps
+    source, options = Path(s.data.train), rewrite.RewriteConfig(copies=copies, seed=s.train.seed)
+    made_of = digest(weights(general.start), sha256(source), str(options))
+    path = Path(f"{s.run.out}-augmented-{made_of[:8]}{source.suffix}")
 
     def make() -> None:
         if not path.exists():
-            options = rewrite.RewriteConfig(copies=copies, seed=s.train.seed)
             n = rewrite.rewrite(source, path, general.start.to(world.device), s.tokenizer, options)
             world.say(f"{path}: {n:,} texts, of which {copies} in {copies + 1} are written anew")
 

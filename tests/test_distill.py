@@ -3,19 +3,27 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import last_json, metrics
 
-from mini import GPT, Bert, ModelConfig, distill, load_run
+from mini import GPT, Bert, ModelConfig, distill, load_run, prune, tasks
 from mini.config import ENCODER, MODERN, DistillConfig, UserError
+from mini.data import Batch
 from mini.storage import load_tensors
 from mini.transformer import attend_reference
 
 SIZE = dict(n_layers=4, n_heads=4, d_model=32, max_len=16, vocab_size=60)
-WAYS = [dict(SIZE, **MODERN), dict(SIZE, **ENCODER, norm_place="post", n_classes=3), dict(SIZE, **ENCODER, mlm=True)]
+WAYS = [
+    dict(SIZE, **MODERN, logit_softcap=2.0),
+    dict(SIZE, **MODERN, n_classes=3),
+    dict(SIZE, **ENCODER, norm_place="post", n_classes=3),
+    dict(SIZE, **ENCODER, mlm=True),
+    dict(SIZE, **ENCODER, spans=True),
+]
 EVERYTHING = dict(soft=1.0, cosine=1.0, embedding=1.0, hidden=1.0, attention=1.0, relations=1.0)
 
 
@@ -28,18 +36,15 @@ def make(settings: dict, seed: int = 0, **changes) -> GPT | Bert:
     return model
 
 
-class Task:
-    """The losses of a GPT, a classifier or a BERT with masks, on random tokens."""
-
-    def __init__(self, data=None):
-        self.data = data
-
-    def loss(self, model, inputs):
-        if model.config.n_classes:
-            logits = model.classify(inputs["tokens"], inputs["lengths"])
-            return {"loss": F.cross_entropy(logits, inputs["labels"], reduction="sum")}
-        chosen = {k: v for k, v in inputs.items() if k in ("tokens", "targets", "lengths", "places")}
-        return model.loss(**chosen)
+def task_for(settings: dict, data=None):
+    """The task of these heads, with its own loss, on other data than its own."""
+    cls = tasks.LanguageModelling if settings.get("causal", True) else tasks.MaskedLanguageModelling
+    cls = (
+        tasks.Classification if settings.get("n_classes") else tasks.QuestionAnswering if settings.get("spans") else cls
+    )
+    task = cls.__new__(cls)
+    task.data = data or SimpleNamespace(class_weights=None)
+    return task
 
 
 def inputs_for(settings: dict, width: int = 10) -> dict:
@@ -47,12 +52,15 @@ def inputs_for(settings: dict, width: int = 10) -> dict:
     lengths = torch.tensor([10, 7, 5, 8])
     tokens = torch.randint(60, (4, 10), generator=g)
     real = torch.arange(width) < lengths[:, None]
-    if settings.get("causal", True):
+    if settings.get("causal", True) and not settings.get("n_classes"):
         targets = F.pad(torch.randint(60, (4, 10), generator=g), (0, width - 10)).masked_fill(~real, -100)
         return {"tokens": F.pad(tokens, (0, width - 10), value=3), "targets": targets}
     padded = F.pad(tokens, (0, width - 10), value=3)
     if settings.get("n_classes"):
         return {"tokens": padded, "lengths": lengths, "labels": torch.tensor([0, 2, 1, 1])}
+    if settings.get("spans"):
+        ends = {"starts": torch.tensor([3, 0, 2, 5]), "ends": torch.tensor([4, 0, 2, 7])}
+        return {"tokens": padded, "lengths": lengths, "segments": torch.zeros_like(padded), **ends}
     places, targets = torch.tensor([[1, 4], [2, 2], [0, 3], [5, 6]]), torch.tensor([[9, 8], [7, -100], [6, 5], [4, 3]])
     return {"tokens": padded, "lengths": lengths, "places": places, "targets": targets}
 
@@ -60,7 +68,7 @@ def inputs_for(settings: dict, width: int = 10) -> dict:
 def lesson(settings: dict, **changes) -> tuple[distill.Distillation, GPT | Bert]:
     teacher = make(settings, seed=1)
     student = make(settings, n_layers=2, **changes)
-    return distill.Distillation(Task(), student, teacher, DistillConfig(**EVERYTHING, hard=1.0)), student
+    return distill.Distillation(task_for(settings), student, teacher, DistillConfig(**EVERYTHING, hard=1.0)), student
 
 
 # ---------------------------------------------------------------- losses
@@ -110,9 +118,9 @@ def test_observed_is_what_was_computed(settings):
     out = model.stack.blocks[1].attention.out
     handle = out.register_forward_pre_hook(lambda module, arguments: inside.append(arguments[0]))
     with torch.no_grad():
-        plain = Task().loss(model, inputs)
+        plain = task_for(settings).loss(model, inputs)
         with distill.observing(model) as seen:
-            watched = Task().loss(model, inputs)
+            watched = task_for(settings).loss(model, inputs)
     handle.remove()
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     assert len(seen.hidden) == 5 and len(seen.attention) == 4 and len(inside) == 2
@@ -128,7 +136,7 @@ def test_observed_is_what_was_computed(settings):
 @pytest.mark.parametrize("settings", WAYS)
 def test_a_copy_of_the_teacher_has_nothing_to_learn(settings):
     teacher, options = make(settings), DistillConfig(**EVERYTHING)
-    task = distill.Distillation(Task(), make(settings), teacher, options)
+    task = distill.Distillation(task_for(settings), make(settings), teacher, options)
     with torch.no_grad():
         losses = task.loss(make(settings), inputs_for(settings))
     assert set(EVERYTHING) < set(losses)
@@ -156,7 +164,7 @@ def test_losses_depend_neither_on_padding_nor_on_how_a_batch_is_cut(settings, wi
 def test_each_loss_alone_brings_the_student_nearer(settings, name):
     teacher, student = make(settings, seed=1), make(settings, n_layers=2, d_model=24)
     weights = dict.fromkeys((*EVERYTHING, "hard"), 0.0) | {name: 1.0}
-    task = distill.Distillation(Task(), student, teacher, DistillConfig(**weights))
+    task = distill.Distillation(task_for(settings), student, teacher, DistillConfig(**weights))
     before = [p.clone() for p in teacher.parameters()]
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     seen = []
@@ -210,10 +218,108 @@ def test_students_begin_with_their_teachers_layers():
 def test_heads_that_do_not_fit_are_refused():
     teacher, student = make(WAYS[0]), make(WAYS[0], n_layers=2, n_heads=2)
     with pytest.raises(UserError, match="has 2 heads"):
-        distill.Distillation(Task(), student, teacher, DistillConfig("tinybert"))
-    distill.Distillation(Task(), student, teacher, DistillConfig("minilm"))
+        distill.Distillation(task_for(WAYS[0]), student, teacher, DistillConfig("tinybert"))
+    distill.Distillation(task_for(WAYS[0]), student, teacher, DistillConfig("minilm"))
     with pytest.raises(UserError, match="cut into so many"):
-        distill.Distillation(Task(), student, teacher, DistillConfig("minilm", relation_heads=5))
+        distill.Distillation(task_for(WAYS[0]), student, teacher, DistillConfig("minilm", relation_heads=5))
+
+
+def test_a_student_of_a_teacher_with_uneven_layers():
+    teacher = make(SIZE, d_ff=[80, 76, 60, 64])
+    with pytest.raises(UserError, match="--n_heads and --d_ff"):
+        distill.make_student(teacher, DistillConfig())
+    student = distill.make_student(teacher, DistillConfig(n_heads=4, d_ff=64))
+    assert student.config.d_ff == 64 and student.config.n_layers == 2
+
+
+@pytest.mark.parametrize("settings", WAYS)
+@pytest.mark.parametrize("spec, theirs", [("uniform", [1, 3]), ("first", [0, 1]), ("2:0,0:1", [2, 0])])
+def test_each_layer_learns_from_the_one_it_is_given(settings, spec, theirs):
+    """Layers are equal to the student's where the map leads, and to none of them elsewhere."""
+    student, teacher = make(settings, n_layers=2), make(settings, seed=5)
+    with torch.no_grad():  # layers that hand their input on, so that a layer's place does not matter
+        for name, parameter in [*student.named_parameters(), *teacher.named_parameters()]:
+            if ".attention.out." in name or ".mlp.down." in name:
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(name.endswith("weight"))
+        copied = {n: p for n, p in student.state_dict().items() if ".blocks." not in n}
+        teacher.load_state_dict(copied, strict=False)
+        for mine, layer in enumerate(theirs):
+            teacher.stack.blocks[layer].load_state_dict(student.stack.blocks[mine].state_dict())
+
+    def losses(spec: str) -> dict:
+        options = DistillConfig(**EVERYTHING, layer_map=spec)
+        task = distill.Distillation(task_for(settings), student, teacher, options)
+        with torch.no_grad():
+            return task.loss(student, inputs_for(settings))
+
+    right, wrong = losses(spec), losses("0:0,2:1" if spec == "uniform" else "last")
+    for name in ("attention", "relations"):
+        assert float(right[name]) < 1e-4 and float(wrong[name]) > 1e-2
+
+
+@pytest.mark.parametrize("settings", WAYS)
+def test_hidden_states_are_those_after_each_layer(settings):
+    """Of a teacher that begins with the student's two layers the first two states are the student's."""
+    teacher = make(settings)
+    student = prune.without_layers(teacher, [0, 1])
+    for spec, equal in (("0:0", True), ("1:1", True), ("1:0", False), ("0:1", False), ("3:1", False)):
+        options = DistillConfig(hidden=1.0, hard=1.0, soft=0.0, layer_map=spec)
+        task = distill.Distillation(task_for(settings), student, teacher, options)
+        with torch.no_grad():
+            found = float(task.loss(student, inputs_for(settings))["hidden"])
+        assert (found < 1e-4) == equal, spec
+
+
+def test_two_last_layers_are_compared_behind_the_last_norm():
+    teacher = make(WAYS[0])
+    student = make(WAYS[0])
+    student.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        student.stack.norm.weight.mul_(2)
+    options = DistillConfig(hidden=1.0, cosine=1.0, layer_map="3:3")
+    with torch.no_grad():
+        losses = distill.Distillation(task_for(WAYS[0]), student, teacher, options).loss(student, inputs_for(WAYS[0]))
+        with distill.observing(teacher) as seen:
+            task_for(WAYS[0]).loss(teacher, inputs_for(WAYS[0]))
+    expected = seen.final[seen.real].square().mean(-1).sum()  # (2 h - h)²
+    torch.testing.assert_close(losses["hidden"], expected)
+    assert abs(float(losses["cosine"])) < 1e-3
+
+
+def test_each_loss_is_divided_by_what_it_is_a_sum_over():
+    for counts, per_example, answers in (({"loss": 7}, 1, 7), ({"loss": 4}, 2, 8), ({"mlm": 6, "nsp": 4}, 1, 6)):
+        data = SimpleNamespace(batch=lambda indices, counts=counts: Batch({}, counts, n_tokens=30))
+        found = distill.Counted(data, list(EVERYTHING), per_example).batch([0]).counts
+        assert found.pop("soft") == answers
+        assert all(found[name] == 30 for name in EVERYTHING if name != "soft")
+        assert {"hard" if name == "loss" else name: n for name, n in counts.items()}.items() <= found.items()
+    qa, lm = WAYS[4], WAYS[0]
+    for settings, per_example in ((qa, 2), (lm, 1)):
+        task = distill.Distillation(task_for(settings), make(settings), make(settings), DistillConfig())
+        assert task.data.per_example == per_example
+    mlm = distill.Distillation(task_for(WAYS[3]), make(WAYS[3]), make(WAYS[3]), DistillConfig(alpha=0.8))
+    assert mlm.loss_weights["soft"] == 0.8 and mlm.loss_weights["mlm"] == mlm.loss_weights["nsp"] == pytest.approx(0.2)
+
+
+def test_the_teacher_neither_drops_nor_learns():
+    settings = dict(WAYS[0], dropout=0.5)
+    teacher, student = make(settings, seed=1).train(), make(settings, dropout=0.0)
+    task = distill.Distillation(task_for(settings), student, teacher, DistillConfig())
+    first, second = (task.loss(student, inputs_for(settings))["soft"] for _ in range(2))
+    assert torch.equal(first, second) and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_head_that_learns_nothing_keeps_no_best_weights():
+    for options, best in ((DistillConfig("tinybert"), None), (DistillConfig(), "accuracy")):
+        assert distill.Distillation(task_for(WAYS[2]), make(WAYS[2]), make(WAYS[2]), options).best == best
+
+
+def test_without_a_weight_the_teacher_is_not_asked():
+    task = distill.Distillation(task_for(WAYS[0]), make(WAYS[0]), make(WAYS[0]), DistillConfig(alpha=0.0))
+    task.ask = None
+    assert task.loss(make(WAYS[0]), inputs_for(WAYS[0])).keys() == {"hard"}
 
 
 # ---------------------------------------------------------------- the command

@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, last_json, metrics
-from test_distill import WAYS, Task, inputs_for, make
+from test_distill import WAYS, inputs_for, make, task_for
 
 from mini import distill, load_run
 from mini.config import DistillConfig, UserError
-from mini.rewrite import RewriteConfig, candidates, replaced, rewrite, word_tokens, written_anew
-from mini.storage import load_tensors
+from mini.metrics import classification_report
+from mini.rewrite import RewriteConfig, candidates, rewrite, word_tokens, written_anew
+from mini.storage import load_tensors, save_tensors
 from mini.teacher_cache import TeacherCache, merged_soft_targets
 
 QUICK = ["--eval_every", 0, "--sample_every", 0]
@@ -64,9 +66,11 @@ def test_only_whole_words_are_replaced_by_what_the_model_says(pretrained):
     logits, _ = model.predict(masked, torch.tensor([len(ids)]), torch.tensor([[place]]))
     best = max(np.flatnonzero(word_tokens(tokenizer)), key=lambda i: float(logits[0, 0, i].detach()))
     assert likely[place] == [best]
-    assert replaced(tokenizer, ids, likely, 0.0, key=1) == text
-    new = replaced(tokenizer, ids, likely, 1.0, key=1).split()
-    assert "Zanzibar" in new and len(new) == len(text.split()) and new[0] == "The"
+    copies = list(written_anew(model, tokenizer, [text], RewriteConfig(copies=3, rate=0.0)))
+    assert copies == [[text] * 3]
+    ((new,),) = written_anew(model, tokenizer, [text], RewriteConfig(copies=1, rate=1.0, top=1))
+    by_hand = [likely[p][0] if p in likely else i for p, i in enumerate(ids)][1:-1]
+    assert new == tokenizer.decode(by_hand) and new != text
 
 
 def test_a_wordpiece_text_keeps_its_pieces(tmp_path):
@@ -76,12 +80,17 @@ def test_a_wordpiece_text_keeps_its_pieces(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n")
     tokenizer = load_wordpiece(tmp_path / "vocab.txt")
     assert [vocab[i] for i in np.flatnonzero(word_tokens(tokenizer))] == ["a", "film", "fun", "great"]
-    model = make(WAYS[2], vocab_size=len(vocab)).eval()
-    (copies,) = written_anew(model, tokenizer, ["a funny , great film"], RewriteConfig(copies=30, rate=0.5, top=2))
-    assert {text.split()[1] for text in copies} == {"funny"} and {text.split()[2] for text in copies} == {","}
+    model = make(WAYS[3], vocab_size=len(vocab))
+    (copies,) = written_anew(
+        model, tokenizer, ["A funny \U0001f600, great  film"], RewriteConfig(copies=30, rate=0.5, top=2)
+    )
+    assert {text.split()[1] for text in copies} == {"funny"}  # of two pieces
+    assert {text.split()[2] for text in copies} == {"\U0001f600,"} and all("  " in text for text in copies)
     kept = np.mean([text.split()[-1] == "film" for text in copies])
     assert len(set(copies)) > 5 and 0.3 < kept < 1  # about half stay, and some are drawn again
-    again = list(written_anew(model, tokenizer, ["a funny , great film"], RewriteConfig(copies=30, rate=0.5, top=2)))
+    again = list(
+        written_anew(model, tokenizer, ["A funny \U0001f600, great  film"], RewriteConfig(copies=30, rate=0.5, top=2))
+    )
     assert again == [copies]
 
 
@@ -108,6 +117,10 @@ def test_rewrite_command(pretrained, classifier, files, tmp_path, command):
     old, new = (path.read_text().splitlines()[1:] for path in (train, tmp_path / "new.tsv"))
     assert new[::3] == old and [row.split("\t")[1] for row in new[1::3]] == [row.split("\t")[1] for row in old]
     assert new[1::3] != old and new[2::3] != new[1::3]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text('{"text": "a", "text_b": "b", "label": 1}\n{"text": "a", "label": 0}\n')
+    done = command("-m", "mini", "rewrite", pretrained, mixed, "--out", tmp_path / "x.jsonl", status=2)
+    assert "mixed.jsonl:2: no 'text_b'" in done.stderr
     for run, out, message in [
         (classifier, "x.tsv", "no head for masked tokens"),
         (pretrained, "x.csv", "another .tsv file"),
@@ -130,8 +143,10 @@ def test_four_steps_that_are_not_repeated(classifier, tmp_path, command):
     assert losses == [inner | {"mlm"}, inner | {"hard"}, {"soft", "hard"}]
     configs = [json.loads((step / "config.json").read_text()) for step in steps]
     assert [c["task"] for c in configs] == ["mlm", "classify", "classify"]
-    assert configs[1]["data"]["train"] == configs[2]["data"]["train"] == f"{whole}-augmented.tsv"
-    assert len((tmp_path / "whole-augmented.tsv").read_text().splitlines()) == 321
+    assert configs[1]["data"]["train"] == configs[2]["data"]["train"]
+    (augmented,) = tmp_path.glob("whole-augmented-*.tsv")
+    assert configs[1]["data"]["train"] == str(augmented) and len(augmented.read_text().splitlines()) == 321
+    assert "best_step" not in read_result(steps[1]) and "best_step" in read_result(whole)
     assert configs[2]["distill"]["temperature"] == 1.0 and metrics(whole)[-1]["loss"] == metrics(whole)[-1]["soft"]
 
     # Cut off in the third step: the command goes on from there, to the same bits.
@@ -161,10 +176,11 @@ def test_the_teacher_is_fine_tuned_where_only_the_pretrained_one_is_given(pretra
 
 
 def test_refusals_come_before_any_training(pretrained, classifier, files, tmp_path, command):
-    alone, other = tmp_path / "alone", tmp_path / "other"
+    alone, other, int8 = tmp_path / "alone", tmp_path / "other", tmp_path / "int8"
     size = ["--n_layers", 2, "--n_heads", 2, "--d_model", 32, "--device", "cpu", "--lr", 0, "--epochs", 1]
     command("train_bert.py", "--task", "classify", *files, *size, "--tokenizer", pretrained, "--out", alone)
     command("train_bert.py", "--task", "classify", *files, *size, "--vocab_size", 290, "--out", other)
+    command("compress.py", "quantize", classifier, "--scheme", "static", "--out", int8)
     before = set(tmp_path.iterdir())
     for teacher, flags, message in [
         (alone, [], "with --general"),
@@ -173,10 +189,63 @@ def test_refusals_come_before_any_training(pretrained, classifier, files, tmp_pa
         (other, ["--general", pretrained], "another tokenizer"),
         (classifier, ["--n_heads", 1], "has 1 heads"),
         (classifier, ["--cache", tmp_path / "c"], "--cache"),
+        (classifier, ["--alpha", 0.5], "--alpha has no effect here: tinybert"),
         (classifier, ["--init", other], "another tokenizer"),
+        (classifier, ["--init", int8], "is quantized"),
+        (classifier, ["--init", classifier, "--d_model", 16], "--d_model has no effect here: the student is that of"),
+        (classifier, ["--recipe", "hinton"], "--copies has no effect here"),
+        (pretrained, [*files, "--layer_map", "0:7"], "no 7"),
+        (pretrained, [*files, "--general", pretrained], "leave it out"),
     ]:
         assert message in tinybert(command, teacher, tmp_path / "x", *flags, status=2).stderr
         assert set(tmp_path.iterdir()) - before <= {tmp_path / ".x-general.lock"}, message
+
+
+def test_more_refusals(gpt, classifier, text_file, tmp_path, command):
+    def distill_here(run, *flags):
+        return command("compress.py", "distill", run, *flags, "--steps", 2, "--eval_every", 0, status=2).stderr
+
+    command("compress.py", "quantize", gpt, "--out", tmp_path / "int8")
+    done = command("compress.py", "distill", tmp_path / "int8", "--out", tmp_path / "x", status=2)
+    assert "say how long the student learns with --steps" in done.stderr
+    command("compress.py", "distill", gpt, "--steps", 2, *QUICK, "--out", tmp_path / "a")
+    again = ["--out", tmp_path / "a", "--overwrite", "true"]
+    assert "--out is the run to start from" in distill_here(gpt, *again, "--init", tmp_path / "a")
+    shutil.copytree(gpt, tmp_path / "bad")
+    tensors = {name: torch.zeros_like(t) for name, t in load_tensors(gpt / "model.safetensors").items()}
+    save_tensors(tmp_path / "bad" / "model.safetensors", tensors)
+    assert "no better than chance" in distill_here(tmp_path / "bad", *again)
+    assert read_result(tmp_path / "a")["steps"] == 2  # still there
+    for flags, name in (
+        (["--top_k", 3], "top_k"),
+        (["--relation_heads", 2], "relation_heads"),
+        (["--alpha", 0, "--temperature", 3], "temperature"),
+    ):
+        assert f"--{name} has no effect here" in distill_here(gpt, "--out", tmp_path / "x", *flags)
+    # OUT is taken by another run: seen before the steps that come before it.
+    command("compress.py", "distill", classifier, "--steps", 1, "--out", tmp_path / "taken")
+    assert "taken holds another run" in tinybert(command, classifier, tmp_path / "taken", status=2).stderr
+    assert not (tmp_path / "taken-general").exists()
+    short = ["--positions", "learned", "--steps", 1, "--lr", 0, *QUICK]
+    for max_len in (16, 32):
+        out = tmp_path / f"learned{max_len}"
+        size = ["--max_len", max_len, "--n_layers", 1, "--n_heads", 2, "--d_model", 16, "--tokenizer", "bytes"]
+        command("train_gpt.py", "--data", text_file, *size, *short, "--out", out)
+    stderr = distill_here(tmp_path / "learned32", "--init", tmp_path / "learned16", "--out", tmp_path / "x")
+    assert "learned positions for 16 tokens only" in stderr
+
+
+def test_chance():
+    task = task_for(WAYS[2])
+    for confusion, better in (
+        ([[930, 0], [70, 0]], False),  # always the largest class
+        ([[480, 450], [30, 40]], False),  # a guess
+        ([[740, 190], [5, 65]], True),  # less accurate than the largest class, and yet informed
+    ):
+        assert task.beats_chance(classification_report(np.array(confusion), ["a", "b"])) == better
+    task = task_for(WAYS[4], SimpleNamespace(valid=[SimpleNamespace(ids=range(8)), SimpleNamespace(ids=range(32))]))
+    for loss, better in ((2.773, False), (2.0, True)):  # the mean of ln 8 and ln 32 is 2.773
+        assert task.beats_chance({"val_loss": loss, "f1": 0.2}) == better
 
 
 def test_a_student_may_be_augmented_other_than_its_teacher(classifier, tmp_path, command):
@@ -211,8 +280,8 @@ def test_merged_classes():
 def test_a_cache_asks_once_and_mixes_nothing_up(settings, tmp_path):
     teacher, student = make(settings, seed=1), make(settings, n_layers=2)
     inputs, options = inputs_for(settings), DistillConfig(cache=str(tmp_path), top_k=60)
-    plain = distill.Distillation(Task(), student, teacher, DistillConfig()).loss(student, inputs)
-    task = distill.Distillation(Task(), student, teacher, options)
+    plain = distill.Distillation(task_for(settings), student, teacher, DistillConfig()).loss(student, inputs)
+    task = distill.Distillation(task_for(settings), student, teacher, options)
     first = task.loss(student, inputs)
     assert task.cache.batches() == 1
     task.ask = None  # may not be called
