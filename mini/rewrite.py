@@ -18,6 +18,7 @@ from torch import nn
 
 from mini.config import Checked, UserError, option
 from mini.data import mix
+from mini.devices import pick_dtype
 from mini.labelled import pad, read_rows, text_ids
 from mini.storage import write_text
 from mini.tokenizer import Tokenizer
@@ -91,6 +92,7 @@ def candidates(
 ) -> list[dict[int, list[int]]]:
     """For each text {place of a word of one token: the likeliest words there}."""
     device = next(model.parameters()).device
+    dtype = pick_dtype("auto", device)
     places = []
     for row in rows:
         ids = np.array(row)
@@ -107,7 +109,8 @@ def candidates(
         masked, at = tokens.clone(), pad([p or [0] for p in mine], 0).to(device)  # (B, T), (B, M)
         for b, chosen in enumerate(mine):
             masked[b, chosen] = tokenizer.mask
-        logits = model.predict(masked, lengths, at)[0].float()[..., : len(words)]  # (B, M, V)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model.predict(masked, lengths, at)[0].float()[..., : len(words)]  # (B, M, V)
         best = logits.masked_fill(~allowed, -torch.inf).topk(min(top, int(words.sum()))).indices.tolist()
         for b, chosen in enumerate(mine):
             found[b] |= {place: best[b][m] for m, place in enumerate(chosen)}
