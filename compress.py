@@ -167,6 +167,7 @@ def with_teacher(argv: list[str]) -> tuple[list[str], World | None]:
     script = {"gpt": train_gpt, "bert": train_bert}[s.kind]
     settings = script.read([str(flag) for flag in flags])
     world = make_world(settings.train)
+    world.say(f"TinyBERT, step 2 of 4 comes first: the teacher is fine-tuned, {settings.run.out}")
     script.learn(settings, world)
     return [f"{options.out}-teacher", *argv[1:], "--general", source], world
 

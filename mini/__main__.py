@@ -273,9 +273,11 @@ def rewrite(argv: list[str]) -> None:
     source, out = Path(options.file), Path(options.out)
     if not options.out:
         raise UserError("name the file to write with --out")
-    if out.suffix != source.suffix or out.resolve() == source.resolve():
-        raise UserError(f"--out {out}: name another {source.suffix} file than {source}")
     read_rows(source, ["text", "label"], ("text_b",))  # refuses a wrong file before the model is loaded
+    if out.suffix != source.suffix:
+        raise UserError(f"--out {out}: has to be a {source.suffix} file, as {source} is")
+    if out.exists():
+        raise UserError(f"--out {out} exists already: name another, or delete it")
     model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
     if model.mlm is None:
         raise UserError(f"{options.run} has no head for masked tokens: name the run that it was fine-tuned from")

@@ -195,6 +195,8 @@ def layer_map(spec: str, n_student: int, n_teacher: int) -> list[tuple[int, int]
         for whose, layer, n in (("teacher", theirs, n_teacher), ("student", mine, n_student)):
             if not 0 <= layer < n:
                 raise UserError(f"--layer_map {spec}: the {whose} has layers 0 to {n - 1}, and no {layer}")
+        if (mine, theirs) in pairs:
+            raise UserError(f"--layer_map {spec}: {part} is there twice")
         pairs.append((mine, theirs))
     return pairs
 
@@ -202,7 +204,7 @@ def layer_map(spec: str, n_student: int, n_teacher: int) -> list[tuple[int, int]
 def matched_layers(student: ModelConfig, teacher: ModelConfig, options: DistillConfig) -> list[tuple[int, int]]:
     """The pairs of --layer_map, by the student's layers, if a loss needs them; refuses heads that it forbids."""
     weights = options.weights()
-    if not any(weights[name] for name in ("hidden", "attention", "relations")) and options.layer_map == "uniform":
+    if not any(weights[name] for name in ("hidden", "attention", "relations")):
         return []
     pairs = sorted(layer_map(options.layer_map, student.n_layers, teacher.n_layers))
     mine, theirs = student.layers("n_heads"), teacher.layers("n_heads")
@@ -237,19 +239,25 @@ def student_config(teacher: ModelConfig, options: DistillConfig) -> ModelConfig:
     return dataclasses.replace(teacher, **changes)
 
 
-def make_student(teacher: nn.Module, options: DistillConfig) -> nn.Module:
-    """A student of this teacher; one of the same width begins with some of its layers, their masks included."""
-    config, n = student_config(teacher.config, options), teacher.config.n_layers
-    alike = config.n_layers <= n and dataclasses.replace(config, n_layers=n) == teacher.config
+def first_layers(teacher: ModelConfig, options: DistillConfig) -> list[int] | None:
+    """The teacher's layers that a student begins with, their masks included; None where it begins at random."""
+    config, n = student_config(teacher, options), teacher.n_layers
+    alike = config.n_layers <= n and dataclasses.replace(config, n_layers=n) == teacher
     if options.start == "random" or (options.start == "auto" and not alike):
-        return type(teacher)(config)
+        return None
     if not alike:
         raise UserError(f"--start {options.start}: only a student of its teacher's width can begin with its layers")
     start = "uniform" if options.start == "auto" else options.start
     keep = chosen_layers("start", start, config.n_layers, n)
     if len(keep) != config.n_layers:
         raise UserError(f"--start {start} names {len(keep)} layers, the student has {config.n_layers}: give --n_layers")
-    return without_layers(teacher, keep)
+    return keep
+
+
+def make_student(teacher: nn.Module, options: DistillConfig) -> nn.Module:
+    """A student of this teacher."""
+    keep = first_layers(teacher.config, options)
+    return type(teacher)(student_config(teacher.config, options)) if keep is None else without_layers(teacher, keep)
 
 
 # ---------------------------------------------------------------- the objective

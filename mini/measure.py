@@ -17,7 +17,7 @@ from mini.config import Checked, option, parse_flags, run_command
 from mini.devices import World, can_compile, keep_memory
 from mini.report import synchronize
 from mini.start import open_own_task, open_run
-from mini.storage import save_tensors
+from mini.storage import digest_tensors, save_tensors
 from mini.train import evaluate
 from mini.transformer import KVCache
 
@@ -64,7 +64,8 @@ def measure(options: MeasureOptions) -> dict:
     task, _ = open_own_task(settings, world)
     judged = evaluate(model, task, world, torch.float32, 8)
     figures |= {name: value for name, value in judged.items() if isinstance(value, float)}
-    figures |= {"judged_by": task.best or "val_loss", "judged_on": task.data.checksum}
+    judged_on = [digest_tensors(batch.inputs) for batch in task.data.validation(32)]
+    figures |= {"judged_by": task.best or "val_loss", "judged_on": "".join(judged_on)}
     if options.outputs:
         model.eval()
         inputs = next(iter(task.data.validation(8))).to(world.device).inputs

@@ -60,6 +60,7 @@ except ImportError:
 
 MODELS = {"gpt": GPT, "bert": Bert}
 FORMAT = 1
+SHOWN = 8  # differences between two runs
 
 
 @dataclass
@@ -246,6 +247,7 @@ def start_run(
     if folder.exists() and any(folder.iterdir()):
         differences = compare(read_config(folder), config)
         if differences:
+            differences[SHOWN:] = [f"and {len(differences) - SHOWN} more"] * (len(differences) > SHOWN)
             raise UserError(
                 f"{folder} holds another run: {'; '.join(differences)}. Give the same flags to go on, another --out, "
                 f"or --overwrite true"

@@ -167,6 +167,10 @@ def read_compression(
         raise UserError(f"the run comes first: {sys.argv[0]} {options.run} ...")
     if not options.out:
         raise UserError("name the run folder to make with --out")
+    if "train" in given and settings.run.task in ("lm", "mlm"):
+        raise UserError(f"--train is a file to fine-tune on; {source} is pretrained and reads --data")
+    if "data" in given and settings.run.task not in ("lm", "mlm") and "general" not in field_names(recipe):
+        raise UserError(f"--data is text to pretrain on; {source} is fine-tuned and reads --train and --valid")
     if {"steps", "epochs"} <= given:
         raise UserError("--steps and --epochs: give one of them")
     settings.data, settings.optim, settings.train, *rest = parts

@@ -118,6 +118,16 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_tensors(tensors: dict[str, torch.Tensor], *words: str) -> str:
+    """A checksum of tensors and words."""
+    h = hashlib.sha256("|".join(words).encode())
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        h.update(tensor.flatten().view(torch.uint8).numpy())
+    return h.hexdigest()[:32]
+
+
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes named tensors as one safetensors file, atomically. The same tensors give the same bytes."""
     header, offset = {}, 0

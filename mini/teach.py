@@ -13,9 +13,8 @@ from torch import nn
 from mini import distill, rewrite, runs
 from mini.config import DataConfig, DistillConfig, UserError
 from mini.devices import World, pick_dtype
-from mini.start import Settings, open_own_task, open_run, run_compressed
-from mini.storage import sha256, weights
-from mini.teacher_cache import digest
+from mini.start import Settings, open_own_task, open_run, run
+from mini.storage import digest_tensors, sha256, weights
 from mini.tokenizer import load_tokenizer
 from mini.train import describe, evaluate, part_size
 
@@ -30,24 +29,36 @@ def check(s: Settings) -> None:
     options, four_steps = s.distill, s.distill.recipe == "tinybert" and s.run.task not in PRETRAINING
     loss_weights = options.weights()
     unused = dict.fromkeys(SHAPE, f"the student is that of --init {options.init}") if options.init else {}
+    if options.init:
+        unused["general_steps"] = "--init stands for the first step"
     if four_steps:
         unused |= dict.fromkeys(
             ("soft", "alpha", "cosine", "relations", "relation_heads", "cache"), "tinybert has losses of its own"
         )
     else:
-        fine_tuned = "--recipe tinybert reads it, where the run is fine-tuned"
-        unused |= dict.fromkeys(("general", "general_steps", "copies"), fine_tuned)
+        elsewhere = "it is for --recipe tinybert of a fine-tuned run, or with --train and --valid of a pretrained one"
+        unused |= dict.fromkeys(("general", "general_steps", "copies"), elsewhere)
+        if s.run.task not in PRETRAINING:
+            unused["data"] = f"{s.run.init} is fine-tuned and reads --train and --valid"
+        if not any(loss_weights[name] for name in ("hidden", "attention", "relations")):
+            unused["layer_map"] = "no loss between layers has a weight"
         if not loss_weights["soft"]:
             unused |= dict.fromkeys(("temperature", "cache"), "the soft targets have no weight")
         if not loss_weights["relations"]:
             unused["relation_heads"] = "--relations has no weight"
     if not options.cache:
         unused["top_k"] = "it is for --cache"
+    elif Path(options.cache).exists() and not Path(options.cache).is_dir():
+        raise UserError(f"--cache {options.cache}: is a file; name a folder")
     for name in sorted(s.given & unused.keys()):
         raise UserError(f"--{name} has no effect here: {unused[name]}; leave it out")
     if not (s.train.steps or s.train.epochs):
         raise UserError(f"{s.run.init} was made without training, so say how long the student learns with --steps")
-    student = going_on(s, options.init).config if options.init else distill.student_config(s.start.config, options)
+    if options.init:
+        student = going_on(s, options.init).config
+    else:
+        student = distill.student_config(s.start.config, options)
+        distill.first_layers(s.start.config, options)
     distill.matched_layers(student, s.start.config, options)
 
 
@@ -62,14 +73,31 @@ def teach(s: Settings, world: World, examined: bool = False) -> None:
     student = going_on(s, options.init) if options.init else distill.make_student(teacher, options)
     task, tokenizer = open_own_task(s, world)
     lesson = distill.Distillation(task, student, teacher.to(world.device), options)
-    if lesson.cache is not None:
-        there = f"{lesson.cache.batches():,} batches are there"
-        world.say(f"The teacher's answers are kept in {lesson.cache.folder}: {there}")
     if not examined:
         examine(s, task, world)
-    if not (lesson.loss_weights["hard"] or lesson.loss_weights["soft"]):
-        world.say("note: no loss here teaches the head, so the task's figures say little yet")
-    run_compressed(dataclasses.replace(s, start=student, quant=None), lesson, tokenizer, world)
+    world.say(about(lesson, student, options))
+    s = dataclasses.replace(s, start=student, model=student.config, quant=None)
+    torch.manual_seed(s.train.seed)
+    run(s, student, lesson, tokenizer, world)
+
+
+def about(lesson: distill.Distillation, student: nn.Module, options: DistillConfig) -> str:
+    """What a person should know of the student before it learns."""
+    keep = None if options.init else distill.first_layers(lesson.teacher.config, options)
+    begins = f"with the teacher's layers {', '.join(map(str, keep))}" if keep else "at random"
+    c = student.config
+    lines = [f"The student: {c.n_layers} layers, n_heads {c.n_heads}, d_model {c.d_model}; it begins "
+             + (f"as {options.init} is" if options.init else begins)]  # fmt: skip
+    if lesson.pairs:
+        lines.append("Layers, teacher:student: " + ", ".join(f"{t}:{m}" for m, t in lesson.pairs))
+    if lesson.cache is not None:
+        lines.append(f"The teacher's answers are kept in {lesson.cache.folder}: "
+                     f"{lesson.cache.batches():,} batches are there")  # fmt: skip
+    if not lesson.losses:
+        lines.append("note: no loss has a teacher, so this is training without one")
+    elif not (lesson.loss_weights["hard"] or lesson.loss_weights["soft"]):
+        lines.append("note: no loss here teaches the head, so the task's figures say little yet")
+    return "\n".join(lines)
 
 
 def examine(s: Settings, task, world: World) -> None:
@@ -77,6 +105,8 @@ def examine(s: Settings, task, world: World) -> None:
     out = Path(s.run.out)
     if world.agree(not s.run.overwrite and bool(runs.checkpoints(out) or runs.read_result(out))):
         return
+    if not runs.is_published(s.run.init) and not runs.read_result(Path(s.run.init)):
+        world.say(f"note: {s.run.init} is unfinished")
     dtype = pick_dtype(s.train.dtype, world.device)
     teacher = s.start.to(world.device)
     figures = evaluate(teacher, task, world, dtype, EVALUATION_BATCH, s.train.eval_tokens)
@@ -90,7 +120,7 @@ def going_on(s: Settings, init: str) -> nn.Module:
     """The student that another run has made, with heads for this teacher's task: fresh where it has not learnt it."""
     start, teacher = runs.load_model(init, s.kind), s.start.config
     if runs.read_quant(init):
-        raise UserError(f"--init {init}: is quantized, and cannot go on learning; start from the run it was made of")
+        raise UserError(f"--init {init}: is int8, from which no student goes on; start from the run it was made of")
     if load_tokenizer(init).fingerprint != s.tokenizer.fingerprint:
         raise UserError(f"--init {init}: it has another tokenizer than {s.run.init}")
     if start.config.vocab_size != teacher.vocab_size:
@@ -130,18 +160,22 @@ def tinybert(s: Settings, world: World) -> None:
         if Path(step.run.out, "config.json").exists() and not s.run.overwrite:
             there = runs.read_config(step.run.out)
             if (there.distill, there.init) != (step.distill, step.run.init):
-                raise UserError(f"{step.run.out} holds another run: name another --out, or give --overwrite true")
+                raise UserError(
+                    f"{step.run.out} holds another run: give --overwrite true, or another --out (there, "
+                    f"--init {out}-general goes on from the first step, if the student is the same)"
+                )
     task, _ = open_own_task(s, world)
     examine(layers, task, world)
 
     if not options.init:
-        world.say(f"\nTinyBERT: general distillation, {general.run.out}")
+        world.say(f"\nTinyBERT, step 1 of 4: general distillation, {general.run.out}")
         teach(general, world)
+    world.say(f"\nTinyBERT, step 2 of 4: the fine-tuned teacher is {s.run.init}")
     if copies:
         layers.data = answers.data = written_anew(s, general, copies, world)
-    world.say(f"\nTinyBERT: the teacher's embeddings, layers and attention on the task, {layers.run.out}")
+    world.say(f"\nTinyBERT, step 3 of 4: its embeddings, layers and attention on the task, {layers.run.out}")
     teach(layers, world, examined=True)
-    world.say(f"\nTinyBERT: its predictions, {out}")
+    world.say(f"\nTinyBERT, step 4 of 4: its predictions, {out}")
     teach(answers, world, examined=True)
 
 
@@ -153,13 +187,17 @@ def inside(options: DistillConfig) -> DistillConfig:
 def general_settings(s: Settings) -> Settings:
     """The first step's: the run that the teacher was fine-tuned from, and what that was trained with."""
     options = s.distill
-    source = options.general or runs.init_of(s.run.init)
-    if not source:
-        raise UserError(f"{s.run.init}: name the pretrained run that it was fine-tuned from with --general")
     named = s.data.tokenizer if "tokenizer" in s.given else s.run.init  # for published weights that come without one
-    general = open_run(source, named if runs.is_published(source) else None)
-    if general.run.task not in PRETRAINING:
-        raise UserError(f"--general {source} is fine-tuned itself: name the pretrained run that the teacher came from")
+    source = options.general or runs.init_of(s.run.init)
+    while source:
+        general = open_run(source, named if runs.is_published(source) else None)
+        if general.run.task in PRETRAINING:
+            break
+        if options.general:
+            raise UserError(f"--general {source} is fine-tuned itself: name the pretrained run that it came from")
+        source = runs.init_of(source)  # of a run that was pruned, say
+    else:
+        raise UserError(f"{s.run.init}: name the pretrained run that it was fine-tuned from with --general")
     if general.tokenizer.fingerprint != s.tokenizer.fingerprint:
         raise UserError(f"--general {source}: it has another tokenizer than {s.run.init}")
     for name in ("n_layers", "n_heads", "d_model", "d_ff"):
@@ -183,7 +221,7 @@ def general_settings(s: Settings) -> Settings:
 def written_anew(s: Settings, general: Settings, copies: int, world: World) -> DataConfig:
     """The task's data with copies of its texts, by the pretrained teacher's head for masked tokens."""
     source, options = Path(s.data.train), rewrite.RewriteConfig(copies=copies, seed=s.train.seed)
-    made_of = digest(weights(general.start), sha256(source), str(options))
+    made_of = digest_tensors(weights(general.start), sha256(source), str(options))
     path = Path(f"{s.run.out}-augmented-{made_of[:8]}{source.suffix}")
 
     def make() -> None:

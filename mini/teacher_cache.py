@@ -5,7 +5,6 @@ batch size, masks or augmentation that are drawn anew, only misses the cache, an
 Of each answer the k likeliest classes and their log-probabilities at the temperature are kept; the others count as one.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini.storage import load_tensors, save_tensors, weights
+from mini.storage import digest_tensors, load_tensors, save_tensors, weights
 
 
 class TeacherCache:
@@ -21,7 +20,7 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path, teacher: nn.Module, k: int, temperature: float):
         self.k, self.temperature = k, temperature
-        self.folder = Path(folder) / digest(weights(teacher), str(teacher.config), str(k), str(temperature))
+        self.folder = Path(folder) / digest_tensors(weights(teacher), str(teacher.config), str(k), str(temperature))
 
     def batches(self) -> int:
         """The number of batches whose answers are there."""
@@ -34,7 +33,7 @@ class TeacherCache:
         """
         device = next(iter(inputs.values())).device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        path = self.folder / f"{digest(inputs, str(autocast))}.safetensors"
+        path = self.folder / f"{digest_tensors(inputs, str(autocast))}.safetensors"
         if not path.exists():
             log_probs = F.log_softmax(ask().float() / self.temperature, dim=-1)  # (N, V)
             classes = log_probs.topk(min(self.k, log_probs.size(1))).indices  # (N, k)
@@ -59,13 +58,3 @@ def merged_soft_targets(student: Tensor, teacher: Tensor, classes: Tensor, tempe
     """
     log_probs = merged(F.log_softmax(student.float() / temperature, dim=-1), classes)
     return temperature**2 * F.kl_div(log_probs, teacher, log_target=True, reduction="sum")
-
-
-def digest(tensors: dict[str, Tensor], *words: str) -> str:
-    """A checksum of tensors and words."""
-    h = hashlib.sha256("|".join(words).encode())
-    for name, tensor in sorted(tensors.items()):
-        tensor = tensor.detach().cpu().contiguous()
-        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        h.update(tensor.flatten().view(torch.uint8).numpy())
-    return h.hexdigest()[:32]

@@ -183,7 +183,13 @@ def test_layer_maps():
     assert distill.layer_map("uniform", 4, 12) == [(0, 2), (1, 5), (2, 8), (3, 11)]  # g(m) = 3m, counted from 1
     assert distill.layer_map("last", 2, 6) == [(0, 4), (1, 5)] and distill.layer_map("first", 2, 6) == [(0, 0), (1, 1)]
     assert distill.layer_map("0:0,2:1", 2, 6) == [(0, 0), (1, 2)]
-    for spec, message in (("0:0,6:1", "no 6"), ("0:2", "no 2"), ("0-1", "teacher:student"), ("lst", "teacher:student")):
+    for spec, message in (
+        ("0:0,6:1", "no 6"),
+        ("0:0,0:0", "twice"),
+        ("0:2", "no 2"),
+        ("0-1", "teacher:student"),
+        ("lst", "teacher:student"),
+    ):
         with pytest.raises(UserError, match=message):
             distill.layer_map(spec, 2, 6)
     with pytest.raises(UserError, match="has 8 layers"):
@@ -364,7 +370,10 @@ def test_refusals(gpt, text_file, tmp_path, command):
     quick = ["--steps", 1, "--eval_every", 0, "--sample_every", 0]
     command("train_gpt.py", "--data", text_file, "--vocab_size", 300, *size, *quick, "--out", other)
     for run, flags, message in [
-        (gpt, ["--layer_map", "0:0,2:1"], "no 2"),
+        (gpt, ["--recipe", "minilm", "--layer_map", "0:0,2:1"], "no 2"),
+        (gpt, ["--layer_map", "last"], "--layer_map has no effect here"),
+        (gpt, ["--train", text_file], "is pretrained and reads --data"),
+        (gpt, ["--cache", text_file], "is a file"),
         (gpt, ["--recipe", "tinybert", "--n_heads", 1], "has 1 heads"),
         (gpt, ["--init", other], "another tokenizer"),
         (gpt, ["--init", gpt.parent / "nothing"], "no such run folder"),

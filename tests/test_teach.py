@@ -48,7 +48,8 @@ def classifier(pretrained, files, command, tmp_path_factory):
 
 
 def tinybert(command, teacher, out, *flags, status=0, torchrun=0):
-    options = ["--recipe", "tinybert", "--general_steps", 4, "--steps", 6, "--copies", 1, "--checkpoint_every", 3]
+    options = ["--recipe", "tinybert", "--steps", 6, "--copies", 1, "--checkpoint_every", 3]
+    options += [] if "--init" in flags else ["--general_steps", 4]
     return command("compress.py", "distill", teacher, "--out", out, *options, *flags, status=status, torchrun=torchrun)
 
 
@@ -123,8 +124,8 @@ def test_rewrite_command(pretrained, classifier, files, tmp_path, command):
     assert "mixed.jsonl:2: no 'text_b'" in done.stderr
     for run, out, message in [
         (classifier, "x.tsv", "no head for masked tokens"),
-        (pretrained, "x.csv", "another .tsv file"),
-        (pretrained, train, "another .tsv file"),
+        (pretrained, "x.csv", "has to be a .tsv file"),
+        (pretrained, train, "exists already"),
         (pretrained, "", "--out"),
     ]:
         flags = ["--out", tmp_path / out] if out else []
@@ -189,9 +190,11 @@ def test_refusals_come_before_any_training(pretrained, classifier, files, tmp_pa
         (other, ["--general", pretrained], "another tokenizer"),
         (classifier, ["--n_heads", 1], "has 1 heads"),
         (classifier, ["--cache", tmp_path / "c"], "--cache"),
+        (classifier, ["--recipe", "hinton", "--copies", 0], "--copies has no effect here"),
+        (classifier, ["--init", pretrained, "--general_steps", 3], "--init stands for the first step"),
         (classifier, ["--alpha", 0.5], "--alpha has no effect here: tinybert"),
         (classifier, ["--init", other], "another tokenizer"),
-        (classifier, ["--init", int8], "is quantized"),
+        (classifier, ["--init", int8], "is int8"),
         (classifier, ["--init", classifier, "--d_model", 16], "--d_model has no effect here: the student is that of"),
         (classifier, ["--recipe", "hinton"], "--copies has no effect here"),
         (pretrained, [*files, "--layer_map", "0:7"], "no 7"),
