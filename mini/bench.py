@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from mini import runs, tasks
 from mini.bert import Bert
 from mini.config import (
+    RECIPES,
     Checked,
     DataConfig,
+    DistillConfig,
     MLMConfig,
     ModelConfig,
     OptimConfig,
@@ -26,6 +29,7 @@ from mini.config import (
 from mini.corpus import open_corpus
 from mini.data import BPE_BYTES, ENCODER_TOKENS, LMWindows, MaskedSentences
 from mini.devices import World, can_compile, device_name, pick_dtype
+from mini.distill import Distillation, make_student
 from mini.gpt import GPT
 from mini.report import matmul_speed, synchronize
 from mini.tokenizer import ByteTokenizer, train_bpe
@@ -41,8 +45,8 @@ class BenchOptions(Checked):
 
     what: str = option(
         "all",
-        "train and generate, one of them, mlm (a BERT's training) or tokens (of --data)",
-        ("all", "train", "generate", "mlm", "tokens"),
+        "train and generate, one of them, mlm (a BERT's training), distill, or tokens (of --data)",
+        ("all", "train", "generate", "mlm", "distill", "tokens"),
     )
     batch_size: int = option(8, "sequences of a training step", low=1)
     steps: int = option(40, "training steps; the first quarter warms up", low=20)
@@ -79,7 +83,7 @@ def run(options: BenchOptions, config: ModelConfig) -> None:
     }
     world.say(", ".join(f"{key} {value}" for key, value in figures.items()))
     if options.what in ("all", "train", "mlm"):
-        figures["train_tokens_per_s"] = training_speed(options, config, world)
+        figures["train_tokens_per_s"] = training_speed(options, *random_task(options, config), world)
         world.say(f"training: {figures['train_tokens_per_s']:,.0f} tokens/s")
     if options.what in ("all", "generate"):
         for batch in (int(b) for b in options.batches.split(",")):
@@ -87,14 +91,17 @@ def run(options: BenchOptions, config: ModelConfig) -> None:
                 options, config, batch, dtype, world
             )
             world.say(f"generation, batch {batch}: {rate:,.0f} tokens/s")
+    if options.what == "distill":
+        figures |= distillation_cost(options, config, dtype, world)
+        world.say(", ".join(f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)))
     if options.what == "tokens":
         figures |= tokenization(options, config)
         world.say(", ".join(f"{name} {value:,.1f}" for name, value in figures.items() if isinstance(value, float)))
     print(json.dumps(figures))
 
 
-def training_speed(options: BenchOptions, config: ModelConfig, world: World) -> float:
-    """Median tokens/s of the loop's own log lines after the warm-up, on random tokens."""
+def random_task(options: BenchOptions, config: ModelConfig) -> tuple:
+    """(task, model) on random tokens."""
     rng = np.random.default_rng(0)
     n_tokens = (options.steps * options.batch_size + 1) * config.max_len
     starts = np.arange(0, n_tokens, 20, dtype=np.uint64)  # sentences of 20 tokens, documents of 40 sentences
@@ -106,20 +113,48 @@ def training_speed(options: BenchOptions, config: ModelConfig, world: World) -> 
         config = replace(config, mlm=True, nsp=True)
         tokenizer, full = tokenizer.with_special(ENCODER_TOKENS), MLMConfig(short_rate=0.0)
         examples = MaskedSentences(file, valid, tokenizer, config.max_len, 0, full)
-        task, model = tasks.MaskedLanguageModelling(examples, tokenizer), Bert(config)
-    else:
-        examples = LMWindows(file, valid, tokenizer, config.max_len, seed=0)
-        task, model = tasks.LanguageModelling(examples, tokenizer), GPT(config)
+        return tasks.MaskedLanguageModelling(examples, tokenizer), Bert(config)
+    return tasks.LanguageModelling(LMWindows(file, valid, tokenizer, config.max_len, seed=0), tokenizer), GPT(config)
+
+
+def training_speed(options: BenchOptions, task, model: nn.Module, world: World) -> float:
+    """Median tokens/s of the loop's own log lines after the warm-up."""
     training = TrainConfig(
         steps=options.steps, batch_size=options.batch_size, device=options.device, dtype=options.dtype,
         compile=options.compile, eval_every=0, sample_every=0, checkpoint_every=0, log_every=5,
     )  # fmt: skip
     optim = OptimConfig(optimizer=options.optimizer, lr=1e-3)
     with tempfile.TemporaryDirectory() as folder:
-        run_config = runs.RunConfig(model.kind, "", config, DataConfig(), optim, training)
+        run_config = runs.RunConfig(model.kind, "", model.config, DataConfig(), optim, training)
         train(model, task, run_config, Path(folder), world)
         rows = runs.read_metrics(Path(folder))
     return statistics.median(r["tokens_per_s"] for r in rows if r["step"] > options.steps // 4)
+
+
+def distillation_cost(options: BenchOptions, config: ModelConfig, dtype: torch.dtype, world: World) -> dict:
+    """ms of a step of a student of half the layers alone, of its teacher's forward pass, and of each recipe's step.
+
+    The ratios are (a recipe's step - the teacher's forward pass) / the student's step alone.
+    """
+    task, teacher = random_task(options, config)
+    teacher.to(world.device).eval()
+    forward = []
+    for i in range(options.steps):
+        batch = task.data.batch(np.arange(options.batch_size) + i * options.batch_size).to(world.device)
+        synchronize(world.device)
+        start = time.perf_counter()
+        with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            task.loss(teacher, batch.inputs)
+        synchronize(world.device)
+        forward.append(time.perf_counter() - start)
+    figures = {"teacher_ms": 1000 * statistics.median(forward)}
+    for name, recipe in {"plain": DistillConfig(alpha=0.0), **{name: DistillConfig(name) for name in RECIPES}}.items():
+        student = make_student(teacher, recipe)
+        speed = training_speed(options, Distillation(task, student, teacher, recipe), student, world)
+        figures[f"{name}_ms"] = 1000 * options.batch_size * config.max_len / speed
+    for name in RECIPES:
+        figures[name] = (figures[f"{name}_ms"] - figures["teacher_ms"]) / figures["plain_ms"]
+    return figures
 
 
 def generation_speed(options: BenchOptions, config: ModelConfig, batch: int, dtype: torch.dtype, world: World) -> float:

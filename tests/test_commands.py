@@ -111,6 +111,10 @@ def test_bench_measures(command):
     small = ["--n_layers", 1, "--d_model", 32, "--n_heads", 2, "--max_len", 32, "--vocab_size", 64, "--new_tokens", 8]
     figures = last_json(command("-m", "mini", "bench", *small, "--steps", 20, "--repeats", 1, "--compile", "false"))
     assert figures["train_tokens_per_s"] > 0 and figures["generate_tokens_per_s_batch_8"] > 0
+    size = [*small[:-2], "--batch_size", 2, "--steps", 20]
+    figures = last_json(command("-m", "mini", "bench", "--what", "distill", *size, "--vocab_size", 260))
+    ratio = (figures["minilm_ms"] - figures["teacher_ms"]) / figures["plain_ms"]
+    assert figures["minilm"] == pytest.approx(ratio) and figures["plain_ms"] > 0
 
 
 def refusals(folder):
