@@ -83,16 +83,16 @@ def teach(s: Settings, world: World, examined: bool = False) -> None:
 
 def about(lesson: distill.Distillation, student: nn.Module, options: DistillConfig) -> str:
     """What a person should know of the student before it learns."""
-    keep = None if options.init else distill.first_layers(lesson.teacher.config, options)
-    begins = f"with the teacher's layers {', '.join(map(str, keep))}" if keep else "at random"
+    begins = f"as {options.init} is" if options.init else "at random"
+    if not options.init and (keep := distill.first_layers(lesson.teacher.config, options)):
+        begins = f"with the teacher's layers {', '.join(map(str, keep))}"
     c = student.config
-    lines = [f"The student: {c.n_layers} layers, n_heads {c.n_heads}, d_model {c.d_model}; it begins "
-             + (f"as {options.init} is" if options.init else begins)]  # fmt: skip
+    lines = [f"The student: {c.n_layers} layers, n_heads {c.n_heads}, d_model {c.d_model}; it begins {begins}"]
     if lesson.pairs:
         lines.append("Layers, teacher:student: " + ", ".join(f"{t}:{m}" for m, t in lesson.pairs))
     if lesson.cache is not None:
-        lines.append(f"The teacher's answers are kept in {lesson.cache.folder}: "
-                     f"{lesson.cache.batches():,} batches are there")  # fmt: skip
+        there = f"{lesson.cache.batches():,} batches are there"
+        lines.append(f"The teacher's answers are kept in {lesson.cache.folder}: {there}")
     if not lesson.losses:
         lines.append("note: no loss has a teacher, so this is training without one")
     elif not (lesson.loss_weights["hard"] or lesson.loss_weights["soft"]):
@@ -127,8 +127,8 @@ def going_on(s: Settings, init: str) -> nn.Module:
         sizes = f"it knows {start.config.vocab_size:,} tokens, {s.run.init} {teacher.vocab_size:,}"
         raise UserError(f"--init {init}: {sizes}; they have to be as many")
     if start.config.positions == "learned" and start.config.max_len < teacher.max_len:
-        raise UserError(f"--init {init}: it has learned positions for {start.config.max_len} tokens only, "
-                        f"{s.run.init} for {teacher.max_len}")  # fmt: skip
+        sizes = f"learned positions for {start.config.max_len} tokens only, {s.run.init} for {teacher.max_len}"
+        raise UserError(f"--init {init}: it has {sizes}")
     heads = ("n_classes", "spans", "mlm", "nsp", "pooler", "pooling", "dropout", "max_len")
     student = type(start)(dataclasses.replace(start.config, **{name: getattr(teacher, name) for name in heads}))
     runs.start_from(student, start, init, keep_classes=runs.read_labels(init) == s.labels)

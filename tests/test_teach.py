@@ -150,6 +150,9 @@ def test_four_steps_that_are_not_repeated(classifier, tmp_path, command):
     assert "best_step" not in read_result(steps[1]) and "best_step" in read_result(whole)
     assert configs[2]["distill"]["temperature"] == 1.0 and metrics(whole)[-1]["loss"] == metrics(whole)[-1]["soft"]
 
+    assert "it begins with the teacher's layers 0" in done.stdout and "Layers, teacher:student: 1:0" in done.stdout
+    assert [f"step {n} of 4" in done.stdout for n in (1, 2, 3, 4)] == [True] * 4
+
     # Cut off in the third step: the command goes on from there, to the same bits.
     before = load_tensors(whole / "model.safetensors")
     shutil.rmtree(whole)
