@@ -152,24 +152,14 @@ def with_teacher(argv: list[str]) -> tuple[list[str], World | None]:
     if s.distill.general:
         raise UserError(f"--general: {source} is pretrained and has that part; leave it out")
     check(s)
-    flags = [
-        "--task",
-        s.run.task,
-        "--init",
-        source,
-        "--out",
-        f"{options.out}-teacher",
-        "--overwrite",
-        options.overwrite,
-    ]
-    for name, value in (item for part in parts for item in dataclasses.asdict(part).items()):
-        flags += [f"--{name}", value] if name in s.given else []
+    flags = dict(task=s.run.task, init=source, out=f"{options.out}-teacher", overwrite=options.overwrite)
+    flags |= {name: value for part in parts for name, value in dataclasses.asdict(part).items() if name in s.given}
     script = {"gpt": train_gpt, "bert": train_bert}[s.kind]
-    settings = script.read([str(flag) for flag in flags])
+    settings = script.read([str(word) for name, value in flags.items() for word in (f"--{name}", value)])
     world = make_world(settings.train)
     world.say(f"TinyBERT, step 2 of 4 comes first: the teacher is fine-tuned, {settings.run.out}")
     script.learn(settings, world)
-    return [f"{options.out}-teacher", *argv[1:], "--general", source], world
+    return [settings.run.out, *argv[1:], "--general", source], world
 
 
 def report(argv: list[str]) -> None:

@@ -326,11 +326,9 @@ class Distillation:
         if name == "embedding":
             return squared_error(*both(mine.hidden[0], theirs.hidden[0]))
         if name == "hidden":
-            last = len(mine.attention) - 1, len(theirs.attention) - 1
-            special = {
-                last: (mine.final, theirs.final)
-            }  # two last layers as their heads see them, with pre-norm normed
-            states = [special.get((m, t), (mine.hidden[m + 1], theirs.hidden[t + 1])) for m, t in pairs]
+            # Two last layers are compared as their heads see them: with pre-norm, normed.
+            final = {(len(mine.attention) - 1, len(theirs.attention) - 1): (mine.final, theirs.final)}
+            states = [final.get((m, t), (mine.hidden[m + 1], theirs.hidden[t + 1])) for m, t in pairs]
             return sum(squared_error(*both(x, y)) for x, y in states)
         visible = real[:, None, :].expand(-1, real.size(1), -1)  # (B, T, T)
         if model.config.causal:
