@@ -24,8 +24,8 @@ from mini.config import (
     run_command,
 )
 from mini.devices import World
-from mini.start import Settings, make_world, open_own_task, open_run, read_compression, run_compressed
-from mini.teach import PRETRAINING, check, teach, tinybert
+from mini.start import PRETRAINING, Settings, make_world, open_own_task, open_run, read_compression, run_compressed
+from mini.teach import check, teach, tinybert
 
 CALIBRATION_BATCH = 32
 QAT_LR = 0.1  # of the run's own: int8 does little harm, which high learning rates would add to (docs/log.md)

@@ -9,10 +9,12 @@ FINETUNE = dict(lr=5e-5)  # Devlin et al. 2019, A.3; small models learn faster w
 
 
 def read(argv: list[str]) -> Settings:
+    """What the command line says."""
     return read_settings(argv, __doc__, "bert", TASKS, BERT_PRESETS, FINETUNE)
 
 
 def learn(settings: Settings, world: World) -> None:
+    """Trains it, in the folder of --out."""
     task, tokenizer = open_task(settings, world)  # text -> tokens -> the examples of each step
     name = settings.run.task
     heads = dict(mlm=name == "mlm", nsp=name == "mlm" and settings.task_options.nsp, spans=name == "qa", pooler=False)

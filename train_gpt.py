@@ -8,10 +8,12 @@ TASKS = ("lm", "classify", "pairs")  # predict text, tell a text's label, answer
 
 
 def read(argv: list[str]) -> Settings:
+    """What the command line says."""
     return read_settings(argv, __doc__, "gpt", TASKS, GPT_PRESETS)
 
 
 def learn(settings: Settings, world: World) -> None:
+    """Trains it, in the folder of --out."""
     task, tokenizer = open_task(settings, world)  # text -> tokens -> the examples of each step
     model = make_model(settings, task, tokenizer)
     run(settings, model, task, tokenizer, world)

@@ -297,7 +297,7 @@ class DistillConfig(Checked):
     )
     init: str | None = option(None, "a run that the student goes on from, instead of --student and --start")
     general: str | None = option(
-        None, "tinybert: pretrained run of its first step, which keeps its settings but --data"
+        None, "tinybert: pretrained run of its first step, which has that run's settings (but --data, --seed)"
     )
     general_steps: int = option(0, "tinybert: of its first step; 0: as many as that run had", low=0)
     copies: int = option(4, "tinybert: of each labelled text, with other words by the pretrained BERT", low=0)

@@ -47,6 +47,15 @@ def read_rows(path: str | Path, columns: list[str], optional: tuple[str, ...] = 
     return [(place, {k: str(row[k]) for k in (*columns, *optional) if row.get(k) is not None}) for place, row in rows]
 
 
+def text_columns(rows: list[tuple[str, dict]]) -> list[str]:
+    """text, or text and text_b, whichever all of these rows have. Raises UserError where they differ."""
+    pairs = "text_b" in rows[0][1]
+    for place, row in rows:
+        if ("text_b" in row) != pairs:
+            raise UserError(f"{place}: {'no' if pairs else 'a'} 'text_b', unlike in {rows[0][0]}")
+    return ["text", "text_b"] if pairs else ["text"]
+
+
 def read_table(text: str, path: Path, columns: list[str]) -> list[tuple[str, dict]]:
     # A tab-separated file quotes nothing: a quotation mark in it is text.
     form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if path.suffix == ".tsv" else {}
@@ -165,10 +174,7 @@ class LabelledTexts:
             ]
             for path in (train, valid)
         )
-        pairs = "text_b" in rows[0][1]
-        for place, row in [*rows, *valid_rows]:
-            if ("text_b" in row) != pairs:
-                raise UserError(f"{place}: {'no' if pairs else 'a'} 'text_b', unlike in {rows[0][0]}")
+        text_columns([*rows, *valid_rows])
         found = Counter(row["label"] for _, row in rows)
         self.labels = sorted(found)
         if len(self.labels) < 2:

@@ -65,7 +65,7 @@ def measure(options: MeasureOptions) -> dict:
     judged = evaluate(model, task, world, torch.float32, 8)
     figures |= {name: value for name, value in judged.items() if isinstance(value, float)}
     judged_on = [digest_tensors(batch.inputs) for batch in task.data.validation(32)]
-    figures |= {"judged_by": task.best or "val_loss", "judged_on": "".join(judged_on)}
+    figures |= {"judged_by": task.best or "val_loss", "judged_on": digest_tensors({}, *judged_on)}
     if options.outputs:
         model.eval()
         inputs = next(iter(task.data.validation(8))).to(world.device).inputs

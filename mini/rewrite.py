@@ -19,7 +19,7 @@ from torch import nn
 from mini.config import Checked, UserError, option
 from mini.data import mix
 from mini.devices import pick_dtype
-from mini.labelled import pad, read_rows, text_ids
+from mini.labelled import pad, read_rows, text_columns, text_ids
 from mini.storage import write_text
 from mini.tokenizer import Tokenizer
 from mini.train import progress_bar
@@ -46,10 +46,7 @@ def rewrite(source: Path, out: Path, model: nn.Module, tokenizer: Tokenizer, opt
     if not word_tokens(tokenizer).any():
         raise UserError("no token of this tokenizer is a word: nothing can be replaced")
     found = read_rows(source, ["text", "label"], ("text_b",))
-    names = [name for name in ("text", "text_b") if name in found[0][1]]
-    for place, row in found:
-        if ("text_b" in row) != ("text_b" in names):
-            raise UserError(f"{place}: {'no' if 'text_b' in names else 'a'} 'text_b', unlike in {found[0][0]}")
+    names = text_columns(found)
     texts = [row[name] for _, row in found for name in names]
     copies = written_anew(model.eval(), tokenizer, texts, options)
     rows = []

@@ -60,7 +60,7 @@ except ImportError:
 
 MODELS = {"gpt": GPT, "bert": Bert}
 FORMAT = 1
-SHOWN = 8  # differences between two runs
+MANY = 8  # differences between two runs: the others are only counted
 
 
 @dataclass
@@ -247,7 +247,8 @@ def start_run(
     if folder.exists() and any(folder.iterdir()):
         differences = compare(read_config(folder), config)
         if differences:
-            differences[SHOWN:] = [f"and {len(differences) - SHOWN} more"] * (len(differences) > SHOWN)
+            if len(differences) > MANY:
+                differences = [*differences[:MANY], f"and {len(differences) - MANY} more"]
             raise UserError(
                 f"{folder} holds another run: {'; '.join(differences)}. Give the same flags to go on, another --out, "
                 f"or --overwrite true"

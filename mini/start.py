@@ -41,6 +41,7 @@ FINETUNE = dict(
     optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,
     epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
 )  # fmt: skip
+PRETRAINING = ("lm", "mlm")  # tasks that read --data; the others read --train and --valid
 SPECIAL = {"gpt": (), "bert": ENCODER_TOKENS}  # tokens that a model needs beside text
 # Training after compression: with this share of the run's own learning rates, which fall to zero (docs/log.md).
 HEAL_LR = 0.3
@@ -167,9 +168,9 @@ def read_compression(
         raise UserError(f"the run comes first: {sys.argv[0]} {options.run} ...")
     if not options.out:
         raise UserError("name the run folder to make with --out")
-    if "train" in given and settings.run.task in ("lm", "mlm"):
+    if "train" in given and settings.run.task in PRETRAINING:
         raise UserError(f"--train is a file to fine-tune on; {source} is pretrained and reads --data")
-    if "data" in given and settings.run.task not in ("lm", "mlm") and "general" not in field_names(recipe):
+    if "data" in given and settings.run.task not in PRETRAINING and getattr(chosen, "recipe", None) != "tinybert":
         raise UserError(f"--data is text to pretrain on; {source} is fine-tuned and reads --train and --valid")
     if {"steps", "epochs"} <= given:
         raise UserError("--steps and --epochs: give one of them")
@@ -212,7 +213,7 @@ def open_task(settings: Settings, world: World) -> tuple:
     """
     name, data, model, options = settings.run.task, settings.data, settings.model, settings.task_options
     tokenizer, special = settings.tokenizer, SPECIAL[settings.kind]
-    if name in ("lm", "mlm"):
+    if name in PRETRAINING:
         folder, tokenizer = world.main_first(
             lambda: prepare_tokens(data, model.vocab_size, tokenizer, settings.given, special)
         )

@@ -13,13 +13,12 @@ from torch import nn
 from mini import distill, rewrite, runs
 from mini.config import DataConfig, DistillConfig, UserError
 from mini.devices import World, pick_dtype
-from mini.start import Settings, open_own_task, open_run, run
+from mini.start import PRETRAINING, Settings, open_own_task, open_run, run
 from mini.storage import digest_tensors, sha256, weights
 from mini.tokenizer import load_tokenizer
 from mini.train import describe, evaluate, part_size
 
 EVALUATION_BATCH = 32
-PRETRAINING = ("lm", "mlm")
 SHAPE = ("student", "start", "n_layers", "n_heads", "d_model", "d_ff")
 INSIDE = (*SHAPE, "layer_map", "embedding", "hidden", "attention")  # what TinyBERT's first and third step read
 
@@ -38,8 +37,6 @@ def check(s: Settings) -> None:
     else:
         elsewhere = "it is for --recipe tinybert of a fine-tuned run, or with --train and --valid of a pretrained one"
         unused |= dict.fromkeys(("general", "general_steps", "copies"), elsewhere)
-        if s.run.task not in PRETRAINING:
-            unused["data"] = f"{s.run.init} is fine-tuned and reads --train and --valid"
         if not any(loss_weights[name] for name in ("hidden", "attention", "relations")):
             unused["layer_map"] = "no loss between layers has a weight"
         if not loss_weights["soft"]:
@@ -129,8 +126,8 @@ def going_on(s: Settings, init: str) -> nn.Module:
     if start.config.positions == "learned" and start.config.max_len < teacher.max_len:
         sizes = f"learned positions for {start.config.max_len} tokens only, {s.run.init} for {teacher.max_len}"
         raise UserError(f"--init {init}: it has {sizes}")
-    heads = ("n_classes", "spans", "mlm", "nsp", "pooler", "pooling", "dropout", "max_len")
-    student = type(start)(dataclasses.replace(start.config, **{name: getattr(teacher, name) for name in heads}))
+    same = ("n_classes", "spans", "mlm", "nsp", "pooler", "pooling", "dropout", "max_len")
+    student = type(start)(dataclasses.replace(start.config, **{name: getattr(teacher, name) for name in same}))
     runs.start_from(student, start, init, keep_classes=runs.read_labels(init) == s.labels)
     return student
 
@@ -172,7 +169,7 @@ def tinybert(s: Settings, world: World) -> None:
         teach(general, world)
     world.say(f"\nTinyBERT, step 2 of 4: the fine-tuned teacher is {s.run.init}")
     if copies:
-        layers.data = answers.data = written_anew(s, general, copies, world)
+        layers.data = answers.data = with_copies(s, general, copies, world)
     world.say(f"\nTinyBERT, step 3 of 4: its embeddings, layers and attention on the task, {layers.run.out}")
     teach(layers, world, examined=True)
     world.say(f"\nTinyBERT, step 4 of 4: its predictions, {out}")
@@ -218,7 +215,7 @@ def general_settings(s: Settings) -> Settings:
     return general
 
 
-def written_anew(s: Settings, general: Settings, copies: int, world: World) -> DataConfig:
+def with_copies(s: Settings, general: Settings, copies: int, world: World) -> DataConfig:
     """The task's data with copies of its texts, by the pretrained teacher's head for masked tokens."""
     source, options = Path(s.data.train), rewrite.RewriteConfig(copies=copies, seed=s.train.seed)
     made_of = digest_tensors(weights(general.start), sha256(source), str(options))

@@ -305,21 +305,17 @@ def test_a_cache_asks_once_and_mixes_nothing_up(settings, tmp_path):
 def test_students_share_a_cache(gpt, tmp_path, command):
     def taught(name, *flags):
         common = ["--steps", 4, *QUICK, "--dtype", "float32", "--out", tmp_path / name]
-        return command("compress.py", "distill", gpt, *common, *flags).stdout
+        return command("compress.py", "distill", gpt, *common, *flags)
 
     cache = ["--cache", tmp_path / "cache"]
-    plain = last_json_of(taught("plain"))
-    assert "0 batches are there" in taught("first", *cache, "--top_k", 1000)
-    assert "4 batches are there" in taught("second", *cache, "--top_k", 1000)
+    plain = last_json(taught("plain"))
+    assert "0 batches are there" in taught("first", *cache, "--top_k", 1000).stdout
+    assert "4 batches are there" in taught("second", *cache, "--top_k", 1000).stdout
     weights = [load_tensors(tmp_path / name / "model.safetensors") for name in ("first", "second")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert read_result(tmp_path / "first")["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-4)
-    assert "0 batches are there" in taught("fewer", *cache, "--top_k", 5)
-    assert "4 batches are there" in taught("narrow", *cache, "--top_k", 5, "--d_model", 16, "--alpha", 0.9)
-
-
-def last_json_of(text):
-    return json.loads(text.strip().splitlines()[-1])
+    assert "0 batches are there" in taught("fewer", *cache, "--top_k", 5).stdout
+    assert "4 batches are there" in taught("narrow", *cache, "--top_k", 5, "--d_model", 16, "--alpha", 0.9).stdout
 
 
 def test_a_cache_of_more_than_answers_is_refused():
