@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,30 +12,24 @@ import torch
 from tqdm import tqdm
 
 from mini import bench as benchmarks
-from mini import rewrite as rewriting
-from mini import squad
-from mini.augment import NORMALIZATIONS, normalize, parse_steps
-from mini.config import (
-    BERT,
-    Checked,
-    ClassifyConfig,
-    DataConfig,
-    ModelConfig,
-    QAConfig,
-    UserError,
-    dispatch,
-    option,
-    parse_flags,
-    peek,
-    run_command,
-)
-from mini.data import write_token_folder
-from mini.devices import can_compile, pick_device
-from mini.labelled import masked_ids, pad, pad_texts, read_rows, text_ids
-from mini.runs import is_published, load_run, read_config, read_labels, read_result
+from mini.compression import rewrite as rewriting
+from mini.errors import UserError
+from mini.flags import Checked, dispatch, option, parse_flags, peek, run_command
+from mini.model.config import ModelConfig
+from mini.presets import BERT
 from mini.storage import atomic_file, write_text
-from mini.tasks import show_token
-from mini.tokens import is_token_folder
+from mini.tasks import squad
+from mini.tasks.classify import ClassifyConfig
+from mini.tasks.inputs import cut_note, masked_ids, pad, pad_texts, text_ids
+from mini.tasks.masked import show_token
+from mini.tasks.squad import QAConfig
+from mini.text.prepare import DataConfig, write_token_folder
+from mini.text.rows import read_rows
+from mini.text.tokens import is_token_folder
+from mini.text.words import NORMALIZATIONS, normalize, parse_steps
+from mini.training.checkpoints import read_result
+from mini.training.devices import can_compile, pick_device
+from mini.training.runs import is_published, load_run, read_config, read_labels
 
 
 @dataclass
@@ -42,9 +37,7 @@ class SampleOptions(Checked):
     """Continue a prompt with a GPT; several prompts are continued together."""
 
     run: str = option("", "a GPT's run folder, or one with published weights", positional="1")
-    prompts: list[str] = field(
-        default_factory=list, metadata=dict(help="text to go on from", choices=(), positional="+")
-    )
+    prompts: list[str] = option([], "text to go on from", positional="+")
     max_new_tokens: int = option(200, "tokens to add at most", low=1)
     temperature: float = option(
         0.8, "0: always the likeliest token; 1: as the model says; more: wilder", low=0, high=1e6
@@ -104,10 +97,7 @@ class ClassifyOptions(Checked):
     """Tell the label of texts with a run of --task classify."""
 
     run: str = option("", "a run folder", positional="1")
-    texts: list[str] = field(
-        default_factory=list,
-        metadata=dict(help="texts, or one .tsv, .csv or .jsonl file with a text column", choices=(), positional="+"),
-    )
+    texts: list[str] = option([], "texts, or one .tsv, .csv or .jsonl file with a text column", positional="+")
     out: str = option("", "write the table (label, probability, text; separated by tabs) here, instead of showing it")
     batch_size: int = option(32, "texts at a time", low=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
@@ -128,14 +118,16 @@ def classify(argv: list[str]) -> None:
         labels = [f"LABEL_{i}" for i in range(model.config.n_classes)]
     steps = parse_steps("normalize", task_options(options.run, ClassifyConfig).normalize, NORMALIZATIONS)
     rows = read_texts(options.texts)
-    lines = ["label\tprobability\ttext"]
+    lines, lengths = ["label\tprobability\ttext"], []
     for chunk in progress(rows, options.batch_size):
         texts = [[tokenizer.encode(normalize(text, steps)) for text in row] for row in chunk]
+        lengths += [sum(map(len, row)) for row in texts]
         inputs = pad_texts([text_ids(tokenizer, model.config.max_len, *t) for t in texts], tokenizer)
         with torch.inference_mode():
             probabilities = model.classify(**to_device(inputs, model)).softmax(dim=-1).cpu()
         for row, p in zip(chunk, probabilities, strict=True):
             lines.append(f"{labels[int(p.argmax())]}\t{float(p.max()):.4f}\t{' '.join(' '.join(row).split())}")
+    warn(cut_note(options.run, lengths, len(rows[0]), model.config.max_len))
     if options.out:
         write_text(Path(options.out), "\n".join(lines) + "\n")
         print(f"{len(rows):,} labels are in {options.out}")
@@ -162,6 +154,11 @@ def check_out(out: str | Path, given: list[str]) -> None:
         raise UserError(f"--out {out}: is the file to read; name another one")
 
 
+def warn(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def progress(rows: list, batch_size: int) -> Iterator[list]:
     """The rows, batch_size at a time, with a bar if it takes long."""
     with tqdm(total=len(rows), leave=False, delay=2, unit="text", dynamic_ncols=True) as bar:
@@ -186,9 +183,7 @@ class FillOptions(Checked):
     """Fill the masks of a text with a BERT: for each the likeliest tokens, and their probabilities."""
 
     run: str = option("", "a BERT's run folder, or one with published weights", positional="1")
-    texts: list[str] = field(
-        default_factory=list, metadata=dict(help='texts with "[MASK]" in them', choices=(), positional="+")
-    )
+    texts: list[str] = option([], 'texts with "[MASK]" in them', positional="+")
     top: int = option(5, "tokens to show for each mask", low=1)
     device: str = option("auto", "auto, cpu, cuda, mps")
 
@@ -199,18 +194,20 @@ def fill(argv: list[str]) -> None:
     if model.mlm is None:
         raise UserError(f"{options.run} has no head for masked tokens; fine-tuned runs drop it: use the run before")
     for text in options.texts:
-        ids, _ = text_ids(tokenizer, model.config.max_len, masked_ids(tokenizer, text))
-        places = [i for i, token in enumerate(ids) if token == tokenizer.mask]
-        if len(places) < max(1, text.count("[MASK]")):
+        whole = masked_ids(tokenizer, text)
+        warn(cut_note(repr(text[:40]), [len(whole)], 1, model.config.max_len))
+        ids, _ = text_ids(tokenizer, model.config.max_len, whole)
+        positions = [i for i, token in enumerate(ids) if token == tokenizer.mask]
+        if len(positions) < max(1, text.count("[MASK]")):
             missing = "is cut off by max_len" if "[MASK]" in text else "is missing"
             raise UserError(f"{text[:60]!r}: [MASK] {missing}; it marks what is to be filled in")
-        inputs = dict(tokens=torch.tensor([ids]), lengths=torch.tensor([len(ids)]), places=torch.tensor([places]))
+        inputs = dict(tokens=torch.tensor([ids]), lengths=torch.tensor([len(ids)]), positions=torch.tensor([positions]))
         with torch.inference_mode():
             mlm, _ = model.predict(**to_device(inputs, model))
         values, tokens = mlm[0].softmax(dim=-1).topk(min(options.top, mlm.size(-1)))  # (M, top)
         print(text)
-        for row in range(len(places)):
-            if len(places) > 1:
+        for row in range(len(positions)):
+            if len(positions) > 1:
                 print(f"mask {row + 1}:")
             for p, token in zip(values[row].tolist(), tokens[row].tolist(), strict=True):
                 print(f"  {p:.4f}  {show_token(tokenizer, token)}")
@@ -236,13 +233,17 @@ def answer(argv: list[str]) -> None:
             f"python train_bert.py --task qa --init {options.run} --train FILE --valid FILE"
         )
     settings = task_options(options.run, QAConfig)
-    windows = squad.ask(options.question, options.context, tokenizer, model.config.max_len, settings)
+    notes: list[str] = []
+    windows = squad.ask(options.question, options.context, tokenizer, model.config.max_len, settings, notes)
+    warn(notes)
     spans = []
     for chunk in progress(windows, 32):
         inputs = to_device(squad.collate(chunk, tokenizer, list(range(len(chunk)))).inputs, model)
         with torch.inference_mode():
             logits = model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"])
-            spans.append(squad.best_spans(*logits, inputs["context"], settings.n_best, settings.max_answer).cpu())
+            spans.append(
+                squad.best_spans(*logits.unbind(1), inputs["context"], settings.n_best, settings.max_answer).cpu()
+            )
     ((null, answers),) = squad.collect(windows, torch.cat(spans))
     threshold = (read_result(Path(options.run)) or {}).get("null_threshold")
     scores = [found.score for found in answers] + ([null] if threshold is not None else [])
@@ -303,7 +304,9 @@ def embed(argv: list[str]) -> None:
     check_out(out, [options.file])
     model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
     rows = read_lines(options.file)
-    encoded = [text_ids(tokenizer, model.config.max_len, *map(tokenizer.encode, row)) for row in rows]
+    texts = [[tokenizer.encode(text) for text in row] for row in rows]
+    warn(cut_note(options.file, [sum(map(len, row)) for row in texts], len(rows[0]), model.config.max_len))
+    encoded = [text_ids(tokenizer, model.config.max_len, *row) for row in texts]
     order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))  # alike lengths: less padding
     vectors = np.empty((len(rows), model.config.d_model), dtype=np.float32)
     for chunk in progress(order, options.batch_size):
@@ -331,12 +334,7 @@ def read_lines(path: str) -> list[list[str]]:
 class TokensOptions(Checked):
     """Turn text into a token folder, which --data takes: memory-mapped, with document and sentence offsets."""
 
-    files: list[str] = field(
-        default_factory=list,
-        metadata=dict(
-            help="text, .jsonl, .gz of either, folders of them, or a known corpus", choices=(), positional="+"
-        ),
-    )
+    files: list[str] = option([], "text, .jsonl, .gz of either, folders of them, or a known corpus", positional="+")
     out: str = option("", "the folder to make")
     vocab_size: int = option(8192, "tokens of a trained BPE", low=1)
     workers: int = option(0, "threads that encode; 0: one per core", low=0)
@@ -369,7 +367,7 @@ def bench(argv: list[str]) -> None:
     (options, config), _ = parse_flags(
         argv, classes, benchmarks.BenchOptions.__doc__, **{**defaults, "vocab_size": 8192}
     )
-    benchmarks.run(options, config)
+    benchmarks.bench(options, config)
 
 
 COMMANDS = {

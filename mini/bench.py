@@ -10,31 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from mini import runs, tasks
-from mini.bert import Bert
-from mini.config import (
-    RECIPES,
-    Checked,
-    DataConfig,
-    DistillConfig,
-    MLMConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    UserError,
-    option,
-)
-from mini.corpus import open_corpus
-from mini.data import BPE_BYTES, ENCODER_TOKENS, LMWindows, MaskedSentences
-from mini.devices import World, can_compile, device_name, pick_dtype
-from mini.distill import Distillation, make_student
-from mini.gpt import GPT
-from mini.report import matmul_speed, synchronize
-from mini.tokenizer import ByteTokenizer, train_bpe
-from mini.tokens import TokenFile, write_tokens
-from mini.train import train
+from mini.compression.distill import RECIPES, Distillation, DistillConfig, make_student
+from mini.errors import UserError
+from mini.flags import Checked, option
+from mini.model.config import ModelConfig
+from mini.model.gpt import GPT
+from mini.model.transformer import Model
+from mini.tasks import TASKS
+from mini.tasks.base import Task
+from mini.tasks.masked import MLMConfig
+from mini.text.corpus import open_corpus
+from mini.text.prepare import BPE_BYTES
+from mini.text.tokenizer import ByteTokenizer, train_bpe
+from mini.text.tokens import TokenFile, write_tokens
+from mini.training.checkpoints import read_metrics
+from mini.training.devices import World, can_compile, device_name, pick_dtype
+from mini.training.loop import Objective, TrainConfig, train
+from mini.training.optim import OptimConfig
+from mini.training.runs import MODELS
+from mini.training.speed import matmul_speed, synchronize
 
 PROMPT = 8  # tokens that a generation goes on from
 
@@ -65,7 +60,7 @@ class BenchOptions(Checked):
             raise UserError(f"--batches {self.batches}: expected numbers such as 1,8")
 
 
-def run(options: BenchOptions, config: ModelConfig) -> None:
+def bench(options: BenchOptions, config: ModelConfig) -> None:
     """Prints a line for each figure, then all of them as one JSON object."""
     if options.what in ("all", "generate") and config.max_len < options.new_tokens + PROMPT:
         raise UserError(
@@ -100,24 +95,24 @@ def run(options: BenchOptions, config: ModelConfig) -> None:
     print(json.dumps(figures))
 
 
-def random_task(options: BenchOptions, config: ModelConfig) -> tuple:
-    """(task, model) on random tokens."""
+def random_task(options: BenchOptions, config: ModelConfig) -> tuple[Task, Model]:
+    """The pretraining task of the model on random tokens."""
     rng = np.random.default_rng(0)
     n_tokens = (options.steps * options.batch_size + 1) * config.max_len
-    starts = np.arange(0, n_tokens, 20, dtype=np.uint64)  # sentences of 20 tokens, documents of 40 sentences
+    firsts = np.arange(0, n_tokens, 20, dtype=np.uint64)  # sentences of 20 tokens, documents of 40 sentences
     ids = rng.integers(0, min(256, config.vocab_size), n_tokens).astype(np.uint32)
-    file = TokenFile(ids, starts[::40], starts, n_tokens, "")
-    valid = replace(file, tokens=ids[:1600], documents=starts[:80:40], sentences=starts[:80])
-    tokenizer = ByteTokenizer()
-    if options.what == "mlm":
-        config = replace(config, mlm=True, nsp=True)
-        tokenizer, full = tokenizer.with_special(ENCODER_TOKENS), MLMConfig(short_rate=0.0)
-        examples = MaskedSentences(file, valid, tokenizer, config.max_len, 0, full)
-        return tasks.MaskedLanguageModelling(examples, tokenizer), Bert(config)
-    return tasks.LanguageModelling(LMWindows(file, valid, tokenizer, config.max_len, seed=0), tokenizer), GPT(config)
+    train = TokenFile(ids, firsts[::40], firsts, n_tokens, "")
+    valid = replace(train, tokens=ids[:1600], documents=firsts[:80:40], sentences=firsts[:80])
+    name, kind = ("mlm", "bert") if options.what == "mlm" else ("lm", "gpt")
+    own = MLMConfig(short_rate=0.0) if name == "mlm" else None
+    tokenizer = ByteTokenizer().with_special(MODELS[kind].special_tokens)
+    task = TASKS[name](train, valid, tokenizer, config.max_len, 0, options.batch_size, own)
+    return task, MODELS[kind](replace(config, **task.heads()))
 
 
-def training_speed(options: BenchOptions, task, model: nn.Module, world: World) -> float:
+def training_speed(
+    options: BenchOptions, task: Task, model: Model, world: World, objective: Objective | None = None
+) -> float:
     """Median tokens/s of the loop's own log lines after the warm-up."""
     training = TrainConfig(
         steps=options.steps, batch_size=options.batch_size, device=options.device, dtype=options.dtype,
@@ -125,9 +120,8 @@ def training_speed(options: BenchOptions, task, model: nn.Module, world: World) 
     )  # fmt: skip
     optim = OptimConfig(optimizer=options.optimizer, lr=1e-3)
     with tempfile.TemporaryDirectory() as folder:
-        run_config = runs.RunConfig(model.kind, "", model.config, DataConfig(), optim, training)
-        train(model, task, run_config, Path(folder), world)
-        rows = runs.read_metrics(Path(folder))
+        train(model, task, training, optim, Path(folder), world, objective)
+        rows = read_metrics(Path(folder))
     return statistics.median(r["tokens_per_s"] for r in rows if r["step"] > options.steps // 4)
 
 
@@ -140,17 +134,17 @@ def distillation_cost(options: BenchOptions, config: ModelConfig, dtype: torch.d
     teacher.to(world.device).eval()
     forward = []
     for i in range(options.steps):
-        batch = task.data.batch(np.arange(options.batch_size) + i * options.batch_size).to(world.device)
+        batch = task.batch(np.arange(options.batch_size) + i * options.batch_size).to(world.device)
         synchronize(world.device)
         start = time.perf_counter()
         with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            task.loss(teacher, batch.inputs)
+            teacher.answers(batch.inputs)
         synchronize(world.device)
         forward.append(time.perf_counter() - start)
     figures = {"teacher_ms": 1000 * statistics.median(forward)}
     for name, recipe in {"plain": DistillConfig(alpha=0.0), **{name: DistillConfig(name) for name in RECIPES}}.items():
         student = make_student(teacher, recipe)
-        speed = training_speed(options, Distillation(task, student, teacher, recipe), student, world)
+        speed = training_speed(options, task, student, world, Distillation(task, student, teacher, recipe))
         figures[f"{name}_ms"] = 1000 * options.batch_size * config.max_len / speed
     for name in RECIPES:
         figures[name] = (figures[f"{name}_ms"] - figures["teacher_ms"]) / figures["plain_ms"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mini.config import UserError
+from mini.errors import UserError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -102,15 +102,6 @@ def read_json(path: str | Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: should hold a JSON object {{...}}")
     return value
-
-
-@contextlib.contextmanager
-def settings_of(what: str, path: str | Path) -> Iterator[None]:
-    """Turns a setting that is missing or of a wrong type into a UserError about the file at path."""
-    try:
-        yield
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the settings of a {what} ({type(error).__name__}: {error})") from None
 
 
 def sha256(path: str | Path) -> str:
@@ -227,21 +218,3 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])
-
-
-def load_published(folder: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a folder with published weights: model.safetensors or pytorch_model.bin."""
-    safetensors, pickled = Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin"
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder")
-    if safetensors.exists():
-        return load_tensors(safetensors)
-    if not pickled.exists():
-        raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin in it")
-    try:  # the one pickle that mini opens, and only its tensors
-        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{pickled}: not a file of tensors ({type(error).__name__}): download it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UserError(f"{pickled}: should hold {{name: tensor}} and nothing else")
-    return tensors

@@ -10,6 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
+from mini.tasks.lm import LanguageModelling
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for train_gpt.py and train_bert.py
 torch.set_num_threads(1)  # as in the processes that tests start: the same order of sums, to the bit
@@ -65,7 +67,7 @@ def run_here(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
     import mini.__main__
     import train_bert
     import train_gpt
-    from mini.config import run_command
+    from mini.flags import run_command
 
     out, err, status = io.StringIO(), io.StringIO(), 0
     scripts = {"train_gpt.py": train_gpt.main, "train_bert.py": train_bert.main, "compress.py": compress.main}
@@ -92,6 +94,12 @@ def command_line(*arguments: object, torchrun: int = 0) -> list[str]:
 
 def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "MINI_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def lm_loss(model, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The summed loss of language modelling."""
+    inputs = {"tokens": tokens, "targets": targets}
+    return LanguageModelling.losses(None, model.answers(inputs), inputs)["lm"]
 
 
 def last_json(done: subprocess.CompletedProcess) -> dict:

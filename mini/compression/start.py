@@ -1,0 +1,106 @@
+"""From `compress.py COMMAND RUN --out RUN2 ...` to a run: the steps that its commands share."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mini.errors import UserError
+from mini.flags import Checked, field_names, option, parse_flags, peek
+from mini.model.transformer import Model
+from mini.tasks.base import Batch, Task
+from mini.text.prepare import DataConfig
+from mini.text.tokenizer import Tokenizer
+from mini.training import runs
+from mini.training.checkpoints import read_result
+from mini.training.devices import World
+from mini.training.loop import Method, TrainConfig, describe
+from mini.training.optim import OptimConfig
+from mini.training.start import Settings, check_length, open_run, other_optimizer, train_run
+
+# Training after compression: with this share of the run's own learning rates, which fall to zero (docs/log.md).
+HEAL_LR = 0.3
+HEAL = dict(
+    steps=0, epochs=0.0, schedule="linear", warmup=0.05, min_lr=0.0, eval_every=0, sample_every=0, checkpoint_every=250,
+)  # fmt: skip
+SHOWN = ("val_loss", "val_bpb", "mlm_accuracy", "nsp_accuracy", "accuracy", "exact_match", "f1")  # of the run before
+CALIBRATION_BATCH = 32
+
+
+@dataclass
+class CompressOptions(Checked):
+    """What to make smaller, and where the result goes."""
+
+    run: str = option("", "a run, or a folder with published weights", positional="1")
+    out: str = option("", "the run folder to make; the same command goes on with an unfinished one")
+    overwrite: bool = option(False, "delete the run in --out and begin anew")
+
+
+def read_compression(
+    argv: list[str], name: str, description: str, recipe: type, training: dict = HEAL, lr_share: float = HEAL_LR
+) -> tuple[Settings, object]:
+    """Reads `RUN --out RUN2 ...`: the settings of a training, and the recipe, which RunConfig's field `name` records.
+
+    Data, task and optimizer are those of the run, learning rates times lr_share, unless `training` or flags say
+    otherwise.
+    """
+    description += "\n\nRUN --help shows the values of that run, which are the defaults of training."
+    source = next((word for word in argv[:1] if not word.startswith("-")), None)
+    # Without a source: --help, or a RUN that is missing.
+    settings = open_run(source, peek(argv, "tokenizer", None)) if source else None
+    parts = [settings.data, settings.optim, settings.train] if source else [DataConfig(), OptimConfig(), TrainConfig()]
+    pretrains = not source or settings.task.pretrains
+    if not pretrains and settings.task_options is not None:  # of pretraining, --nsp is settled by the heads
+        parts.append(settings.task_options)
+    defaults = {f: v for part in parts for f, v in dataclasses.asdict(part).items()}
+    defaults |= {f: lr_share * defaults[f] for f in ("lr", "embed_lr", "head_lr")} | training
+    defaults |= other_optimizer(argv, defaults)
+    defaults = {f: v for f, v in defaults.items() if f not in field_names(recipe)}
+    (options, chosen, *parts), given = parse_flags(
+        argv, [CompressOptions, recipe, *map(type, parts)], description, **defaults
+    )
+    if source != options.run:
+        raise UserError(f"the run comes first: {sys.argv[0]} {options.run} ...")
+    if not options.out:
+        raise UserError("name the run folder to make with --out")
+    if "train" in given and pretrains:
+        raise UserError(f"--train is a file to fine-tune on; {source} is pretrained and reads --data")
+    if "data" in given and not pretrains and getattr(chosen, "recipe", None) != "tinybert":
+        raise UserError(f"--data is text to pretrain on; {source} is fine-tuned and reads --train and --valid")
+    settings.data, settings.optim, settings.train, *rest = parts
+    settings.task_options = rest[0] if rest else settings.task_options
+    settings.job.out, settings.job.overwrite, settings.given = options.out, options.overwrite, given
+    check_length(settings)
+    if "schedule" in field_names(recipe):  # then the flag of this name is the recipe's
+        settings.optim.schedule = HEAL["schedule"]
+    settings.compression = {name: dataclasses.asdict(chosen)}
+    return settings, chosen
+
+
+def refuse_int8(s: Settings, what: str) -> None:
+    if s.quant:
+        raise UserError(f"{s.job.init} is quantized already: {what}")
+
+
+def calibration(task: Task, n: int) -> list[Batch]:
+    """The first n training examples, in batches."""
+    n = min(n, task.n)
+    return [task.batch(np.arange(i, min(i + CALIBRATION_BATCH, n))) for i in range(0, n, CALIBRATION_BATCH)]
+
+
+def run_compressed(
+    s: Settings, model: Model, task: Task, tokenizer: Tokenizer, world: World, methods: Iterable[Method] = (),
+    settled: int = 0,
+) -> None:  # fmt: skip
+    """Trains what compress.py has made of a run, and says how good that run was."""
+    known = {} if runs.is_published(s.job.init) else read_result(Path(s.job.init)) or {}
+    before = {name: value for name, value in known.items() if name in SHOWN}
+    world.say(f"Before, {s.job.init}: {describe(before)}" if before else f"From {s.job.init}")
+    s.model = model.config
+    torch.manual_seed(s.train.seed)
+    train_run(s, model, task, tokenizer, world, methods=methods, settled=settled)
+    world.leave()

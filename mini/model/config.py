@@ -1,0 +1,80 @@
+"""What a model is: a GPT and a BERT differ in these values only."""
+
+from dataclasses import dataclass
+
+from mini.errors import UserError
+from mini.flags import Checked, option
+
+
+@dataclass
+class ModelConfig(Checked):
+    """The model. A GPT and a BERT differ in these values only; the defaults are GPT-2's ways, small."""
+
+    n_layers: int = option(6, "number of blocks", low=1, fixed=True)
+    n_heads: int | list[int] = option(6, "attention heads; one number, or one for each layer: 6,6,4", low=1, fixed=True)
+    n_kv_heads: int = option(
+        0, "key/value heads, each shared by n_heads/n_kv_heads queries; 0: n_heads", low=0, fixed=True
+    )
+    d_model: int = option(384, "width of the residual stream (C)", low=1, fixed=True)
+    d_head: int = option(0, "width of a head (D); 0: d_model / n_heads", low=0, fixed=True)
+    d_ff: int | list[int] = option(0, "hidden width of the MLP, or one for each layer; 0: 4 d_model", low=0, fixed=True)
+    max_len: int = option(256, "longest context in tokens (T)", low=1)
+    vocab_size: int = option(4096, "tokens of a trained BPE; any other tokenizer sets it", low=1, fixed=True)
+    vocab_multiple: int = option(1, "pad the embedding's rows to a multiple (64 is fast on GPUs); same loss", low=1)
+    norm: str = option("layernorm", "normalisation", ("layernorm", "rmsnorm"))
+    norm_place: str = option("pre", "norm before each sublayer (GPT-2) or after its sum (BERT)", ("pre", "post"))
+    norm_eps: float = option(1e-5, "epsilon of the normalisation", low=0)
+    positions: str = option("learned", "position encoding", ("learned", "rope", "sinusoidal", "none"))
+    rope_base: float = option(10000.0, "longest wavelength of RoPE, divided by 2 pi, in tokens", low=1)
+    activation: str = option(
+        "gelu_tanh", "nonlinearity of the MLP", ("gelu", "gelu_tanh", "relu2", "swiglu"), fixed=True
+    )
+    qk_norm: bool = option(False, "normalise each query and key head (RMS) before their product")
+    bias: bool = option(True, "biases in linear layers and LayerNorms", fixed=True)
+    tied: bool = option(True, "the output head is the token embedding", fixed=True)
+    zero_init: bool = option(False, "start the residual projections (and an untied head) at zero")
+    logit_softcap: float = option(0.0, "c tanh(logits / c); 0: off", low=0)
+    dropout: float = option(0.0, "dropout of embeddings, attention weights and sublayer outputs", low=0, high=0.99)
+    attention: str = option(
+        "auto", "the written-out equations, PyTorch's fused call, or the faster", ("auto", "reference", "fused")
+    )
+    n_segments: int = option(0, "segment embeddings, of which BERT has 2; 0: none", low=0, fixed=True)
+    causal: bool = option(True, "a token sees only itself and what is before it", flag=False)
+    n_classes: int = option(0, "classes of a classification head; 0: none", low=0, flag=False, head=True)
+    mlm: bool = option(False, "BERT: a head that predicts masked tokens", flag=False, head=True)
+    nsp: bool = option(False, "BERT: a head that tells the next sentence from a random one", flag=False, head=True)
+    spans: bool = option(False, "BERT: a head that finds the first and last token of an answer", flag=False, head=True)
+    pooling: str = option("cls", "BERT: the pooler sees the first token, or the mean of all", ("cls", "mean"))
+    pooler: bool = option(False, "BERT: a tanh layer on the first token", flag=False, head=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, values in vars(self).items():
+            if isinstance(values, list) and len(values) != self.n_layers:
+                raise UserError(f"--{name} lists {len(values)} values for {self.n_layers} layers: give one for each")
+        if not self.d_head:
+            if isinstance(self.n_heads, list):
+                raise UserError("--n_heads differs between layers: give the width of a head with --d_head")
+            if self.d_model % self.n_heads:
+                raise UserError(f"--d_model {self.d_model} is not divisible by --n_heads {self.n_heads}")
+        for heads in self.layers("n_heads"):
+            if self.n_kv_heads and heads % self.n_kv_heads:
+                raise UserError(f"--n_heads {heads} is not divisible by --n_kv_heads {self.n_kv_heads}")
+        if self.n_segments == 1:
+            raise UserError("--n_segments 1: a pair of texts has two; give 0 for none")
+        if self.positions == "rope" and self.head_size % 2:
+            raise UserError(f"--positions rope needs an even head width, not {self.head_size}")
+
+    def layers(self, name: str) -> list:
+        """The value of a field for each layer, of which it may be a list; of d_ff what 0 stands for."""
+        value = getattr(self, name)
+        values = value if isinstance(value, list) else [value] * self.n_layers
+        if name == "d_ff":
+            # SwiGLU has three matrices instead of two: 8/3 of d_model keeps the parameters (Shazeer 2020, §2).
+            gated = (8 * self.d_model // 3 + 63) // 64 * 64
+            values = [d or (gated if self.activation == "swiglu" else 4 * self.d_model) for d in values]
+        return values
+
+    @property
+    def head_size(self) -> int:
+        return self.d_head or self.d_model // self.n_heads

@@ -1,0 +1,429 @@
+"""The heart: attention, MLP, norms, positions, Block, and the stack of them that GPT and BERT share.
+
+Letters of the shapes: B batch, T time (queries), S time (keys), C channels = d_model, H heads, K key/value
+heads, D head size, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute_later
+
+from mini.model.config import ModelConfig
+
+# A function, or a class of modules for one with parameters of its own.
+ACTIVATIONS = {
+    "gelu": F.gelu,  # BERT: x Φ(x), with the exact erf (Hendrycks & Gimpel 2016)
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2: its tanh approximation
+    "relu2": lambda x: F.relu(x) * F.relu(x),  # So et al. 2021, "Primer", §4
+    "swiglu": F.silu,  # of the gate (Shazeer 2020)
+}
+
+
+def make_activation(config: ModelConfig) -> Callable[[Tensor], Tensor]:
+    found = ACTIVATIONS[config.activation]
+    return found() if isinstance(found, type) else found
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """LayerNorm (Ba et al. 2016), or RMSNorm: no mean, no bias (Zhang & Sennrich 2019)."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+def drop(x: Tensor, p: float) -> Tensor:
+    """Dropout (Srivastava et al. 2014): each value is zero with probability p, else times 1 / (1 - p).
+
+    That factor is rounded to x's dtype, as in F.dropout. On a CPU, F.dropout takes most of its time for random numbers,
+    one for each value. Here four values share one number of 64 bits: a quarter of the time (docs/log.md).
+    """
+    if p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p) if p else x
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # each of -2^15 .. 2^15 - 1 equally likely
+    return x * (bits >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p) if self.training else x
+
+
+class Linear(nn.Linear):
+    """y = xWᵀ + b, for all matrices that compression and Muon treat. (A head with a few outputs is an nn.Linear.)
+
+    parts: the rows of each of several matrices that are stored as one. In a compiled CPU step of a single token the
+    product is written as a sum that is fused with its surroundings: the library is slow at one bfloat16 row, and a
+    14 M model's step takes 1.1 ms instead of 1.8 (docs/log.md).
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, parts: list[int] | None = None, **options):
+        super().__init__(inputs, outputs, bias, **options)
+        self.parts = parts or [outputs]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
+            y = (self.weight.float() * x.float().flatten()).sum(dim=-1)  # (out, in) * (in) -> (out)
+            y = y if self.bias is None else y + self.bias.float()
+            return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return super().forward(x)
+
+
+def linear_flops(module: nn.Module) -> float:
+    """Multiply-adds × 2 of all linear layers in a module, for one token."""
+    return sum(2.0 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+# ---------------------------------------------------------------- positions
+def sinusoids(length: int, channels: int) -> Tensor:
+    """(length, channels) fixed position embeddings: sines, then cosines (Vaswani et al. 2017, §3.5)."""
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(0, channels, 2) / channels)
+    angles = torch.arange(length)[:, None] * frequencies  # (length, channels / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :channels]
+
+
+def rope_table(length: int, size: int, base: float) -> Tensor:
+    """(2, length, D): for each position the cosines and the signed sines that rotate() uses (Su et al. 2021)."""
+    frequencies = base ** (-torch.arange(0, size, 2) / size)
+    angles = torch.arange(length)[:, None] * frequencies  # (length, D / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns each pair (x_i, x_{i + D/2}) of x (B, T, H, D) by its position's angle; rope (2, 1 or B, T, 1, D).
+
+    (a, b) -> (a cos - b sin, b cos + a sin), so that q·k depends on the distance of two positions only. With
+    D = 4: (x0, x1, x2, x3) * (c0, c1, c0, c1) + (x2, x3, x0, x1) * (-s0, -s1, s0, s1).
+    """
+    cos, sin = rope.to(x.dtype)
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+
+
+# ---------------------------------------------------------------- who sees whom
+@dataclass
+class View:
+    """What each query of a forward pass may look at: decided here, for every attention and whatever compares two."""
+
+    causal: bool
+    real: Tensor | None = None  # (B, T): True where a token is real; None: all are
+    positions: Tensor | None = None  # (B, T): the queries' places in their rows; None: 0..T-1
+    masks: dict = field(default_factory=dict)  # of this pass, each made once
+
+    @property
+    def only_causal(self) -> bool:
+        """Whether query t sees exactly the keys up to t. (A decoder pads at the right, where no real token looks.)"""
+        return self.causal and self.positions is None
+
+    def mask(self, T: int, S: int, device: torch.device) -> Tensor | None:
+        """(1 or B, 1, 1 or T, S): True where a query may look at a key; None where all may look at all.
+
+        With a cache the keys are its slots, of which those past a query's own position hold nothing of use.
+        """
+        if not self.causal:  # nobody looks at padding
+            return None if self.real is None else self.real[:, None, None, :]
+        if (T, S) not in self.masks:
+            places = torch.arange(T, device=device)[None] if self.positions is None else self.positions  # (1 or B, T)
+            self.masks[T, S] = (torch.arange(S, device=device) <= places[..., None])[:, None]
+        return self.masks[T, S]
+
+
+# ---------------------------------------------------------------- attention
+def attend_reference(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
+    """softmax(QKᵀ/√d + mask) V, as written (Vaswani et al. 2017, eq. 1): q (B, H, T, D), k, v (B, H, S, D) -> as q."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    mask = view.mask(q.size(-2), k.size(-2), q.device)
+    if mask is not None:  # added, not filled in: 0 where allowed, -inf elsewhere, and a cheaper backward pass
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
+    weights = drop(scores.softmax(dim=-1), dropout)  # (B, H, T, S), rows sum to 1
+    return weights.to(v.dtype) @ v
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
+    """The same in one call that never stores the (T, S) scores (FlashAttention, Dao et al. 2022)."""
+    mask = None if view.only_causal else view.mask(q.size(-2), k.size(-2), q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=view.only_causal, dropout_p=dropout)
+
+
+def attend_fastest(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
+    """Whichever of the two is faster here.
+
+    The fused call's CPU kernel gains nothing from bfloat16 units: forward and backward of (8, 6, 256, 64) take
+    17 ms fused and 7 ms written out on two AVX512-BF16 cores (docs/log.md). Long texts would need to store too
+    many scores.
+    """
+    bf16 = q.dtype == torch.bfloat16 or torch.is_autocast_enabled(q.device.type)
+    small_on_cpu = q.device.type == "cpu" and bf16 and q.size(-2) * k.size(-2) <= 512 * 512
+    return (attend_reference if small_on_cpu else attend_fused)(q, k, v, view, dropout)
+
+
+ATTENTION = {"reference": attend_reference, "fused": attend_fused, "auto": attend_fastest}
+
+
+class KVCache:
+    """The keys and values of all tokens so far, so that a new token costs one token's work.
+
+    keys, values: for each layer (B, K, S, D). Row b's token at position p lies in slot p.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
+        heads = [config.n_kv_heads or h for h in config.layers("n_heads")]
+        shapes = [(batch, h, length, config.head_size) for h in heads]
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
+        self.length = length  # slots that attention looks at; generate() keeps it as short as it can
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, K, T, D) of the tokens at positions (B, T); returns all slots in use."""
+        rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)  # (B, T, K, D) at (row, :, position)
+        values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; with n_kv_heads, grouped-query attention (Ainslie et al. 2023)."""
+
+    joint = "out"  # where what its heads compute is joined
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_heads = config.layers("n_heads")[layer]
+        self.n_kv_heads = config.n_kv_heads or self.n_heads
+        self.head_size = config.head_size
+        self.qk_norm = config.qk_norm
+        self.dropout = config.dropout
+        self.attend = ATTENTION[config.attention]
+        rows = [heads * self.head_size for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
+        self.qkv = Linear(config.d_model, sum(rows), bias=config.bias, parts=rows)  # queries, keys, values
+        self.out = Linear(self.n_heads * self.head_size, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, view: View, rope: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). With a cache, x are the tokens at view.positions."""
+        B, T, _ = x.shape
+        H, K, D = self.n_heads, self.n_kv_heads, self.head_size
+        qk, v = self.qkv(x).split([(H + K) * D, K * D], dim=-1)
+        qk = qk.view(B, T, H + K, D)  # queries and keys are treated alike until their product
+        if self.qk_norm:  # Henry et al. 2020, here without learned scales
+            qk = F.rms_norm(qk, (D,))
+        if rope is not None:
+            qk = rotate(qk, rope)
+        q, k = qk.transpose(1, 2).split([H, K], dim=1)  # (B, H, T, D), (B, K, T, D)
+        v = v.view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.update(self.layer, view.positions, k, v)  # (B, K, S, D)
+        if K < H:  # each key/value head serves H / K query heads
+            k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)  # (B, H, S, D)
+        y = self.attend(q, k, v, view, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+
+    def flops(self, length: int) -> float:
+        """Forward, for one token among `length`: QKᵀ and the weighted sum of V take 2 · 2 · length · H · D."""
+        return linear_flops(self) + 4 * length * self.n_heads * self.head_size
+
+    def units(self) -> dict[str, tuple[int, Tensor]]:
+        """What belongs to each head: {name of a tensor: (dimension, (H, n) places in it)}, all that H decides."""
+        D, H = self.head_size, self.n_heads
+        places = torch.arange(H * D).view(H, D)
+        rows = torch.cat([places, places + H * D, places + 2 * H * D], dim=1)  # of queries, keys and values
+        return {"qkv.weight": (0, rows), "qkv.bias": (0, rows), "out.weight": (1, places)}
+
+
+class MLP(nn.Module):
+    """W₂ f(W₁ x + b₁) + b₂; SwiGLU: W₂ (silu(W_g x) · W₁ x) (Shazeer 2020)."""
+
+    joint = "down"
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        d_ff = config.layers("d_ff")[layer]
+        self.gate = Linear(config.d_model, d_ff, bias=config.bias) if config.activation == "swiglu" else None
+        self.up = Linear(config.d_model, d_ff, bias=config.bias)
+        self.down = Linear(d_ff, config.d_model, bias=config.bias)
+        self.activation = make_activation(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)  # (B, T, d_ff)
+        h = self.activation(self.gate(x)) * h if self.gate is not None else self.activation(h)
+        return self.down(h)
+
+    def flops(self, length: int) -> float:
+        return linear_flops(self)
+
+    def units(self) -> dict[str, tuple[int, Tensor]]:
+        """What belongs to each neuron, as Attention.units() says it of heads."""
+        places = torch.arange(self.up.out_features)[:, None]
+        rows = {f"{linear}.{name}": (0, places) for linear in ("up", "gate") for name in ("weight", "bias")}
+        return rows | {"down.weight": (1, places)}
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream."""
+
+    role = "hidden"  # of its matrices, to an optimizer
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.pre_norm = config.norm_place == "pre"
+        self.attention = Attention(config, layer)
+        self.norm1 = make_norm(config)
+        self.mlp = MLP(config, layer)
+        self.norm2 = make_norm(config)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor, view: View, rope: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C); the rest as Attention takes it."""
+        if self.pre_norm:  # GPT-2: a clean residual path from embedding to head
+            x = x + self.dropout(self.attention(self.norm1(x), view, rope, cache))
+            return x + self.dropout(self.mlp(self.norm2(x)))
+        # BERT and the original Transformer: the norm stands on the residual path
+        x = self.norm1(x + self.dropout(self.attention(x, view, rope, cache)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+    def flops(self, length: int) -> float:
+        return self.attention.flops(length) + self.mlp.flops(length)
+
+
+# ---------------------------------------------------------------- the stack
+class Transformer(nn.Module):
+    """Tokens in, hidden states out: embeddings, blocks, and with pre-norm a last norm."""
+
+    role = "embedding"
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        C, m = config.d_model, config.vocab_multiple
+        self.tokens = nn.Embedding((config.vocab_size + m - 1) // m * m, C)
+        self.positions = nn.Embedding(config.max_len, C) if config.positions == "learned" else None
+        self.segments = nn.Embedding(config.n_segments, C) if config.n_segments else None
+        if config.positions == "sinusoidal":
+            self.register_buffer("sinusoids", sinusoids(config.max_len, C), persistent=False)
+        if config.positions == "rope":
+            table = rope_table(config.max_len, config.head_size, config.rope_base)
+            self.register_buffer("rope", table, persistent=False)
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        # Post-norm normalises the embedding instead, since its blocks end in a norm.
+        self.norm = make_norm(config)
+        self.checkpoint_activations = False
+        self.apply(init_weights)
+        # GPT-2 keeps the variance of its residual stream independent of depth; BERT's norms do that for it.
+        scale = (2 * config.n_layers) ** -0.5 if config.norm_place == "pre" else 1.0
+        for block in self.blocks:
+            for linear in (block.attention.out, block.mlp.down):
+                with torch.no_grad():
+                    linear.weight.mul_(0.0 if config.zero_init else scale)
+
+    def forward(self, tokens: Tensor, real: Tensor | None = None, segments: Tensor | None = None,
+                positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:  # fmt: skip
+        """tokens (B, T) int64 -> (B, T, C).
+
+        real (B, T): True where a token is real; a decoder pads at the right.
+        segments (B, T): the text each token belongs to, 0 for all if it is not given.
+        positions (B, T) and cache: the tokens' places and the ones before them, for generation.
+        """
+        T = tokens.size(1)
+        if T > self.config.max_len:
+            raise ValueError(f"{T} tokens are more than the model's max_len of {self.config.max_len}")
+        view = View(self.config.causal, real, positions)
+        x = self.tokens(tokens)  # (B, T, C)
+        at = slice(T) if positions is None else positions
+        if self.positions is not None:
+            x = x + self.positions.weight[at]
+        elif self.config.positions == "sinusoidal":
+            x = x + self.sinusoids[at].to(x.dtype)
+        if self.segments is not None:
+            x = x + (self.segments.weight[0] if segments is None else self.segments(segments))
+        if self.config.norm_place == "post":
+            x = self.norm(x)
+        x = self.dropout(x)
+
+        rope = None
+        if self.config.positions == "rope":
+            rope = self.rope[:, at].unsqueeze(-2)  # (2, T, 1, D) or (2, B, T, 1, D)
+        for block in self.blocks:
+            if self.checkpoint_activations and self.training:
+                x = recompute_later(block, x, view, rope, cache, use_reentrant=False)
+            else:
+                x = block(x, view, rope, cache)
+        return self.norm(x) if self.config.norm_place == "pre" else x
+
+    def flops(self, length: int) -> float:
+        """Multiply-adds × 2 of a forward pass for one token among `length`.
+
+        The causal half of the attention is not taken off (Chowdhery et al. 2022, "PaLM", appendix B).
+        """
+        return sum(block.flops(length) for block in self.blocks)
+
+
+class Model(nn.Module):
+    """What a GPT and a BERT share beside the stack."""
+
+    kind: str  # the name of its kind in run folders
+    special_tokens: tuple[str, ...] = ()  # that it needs beside text
+    role = "head"
+    loss_weights: ClassVar[dict[str, float]] = {}  # of each of its extra_losses()
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.stack = Transformer(config)
+        self.learning = nn.ModuleDict()  # what exists only while it learns: in checkpoints, but never served
+
+    def extra_losses(self) -> dict[str, Tensor]:
+        """{name: sum over real tokens} of what modules ask for in the last forward pass, whatever the task."""
+        return {}
+
+    def answers(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{name: logits (.., V)} of its heads for a batch's inputs, first the one that its task is judged by."""
+        raise NotImplementedError
+
+    def answer(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The logits that its task is judged by."""
+        return next(iter(self.answers(inputs).values()))
+
+    def flops(self, length: int, predicted: float = 1.0) -> float:
+        """Of a forward pass for one token among `length`, of which the share `predicted` meets the vocabulary."""
+        raise NotImplementedError
+
+    def vocabulary_weights(self) -> set[nn.Parameter]:
+        """The parameters that have a row for each token."""
+        return {self.stack.tokens.weight}
+
+    def num_params(self) -> int:
+        """Parameters that are served, without the rows that vocab_multiple adds."""
+        total = sum(p.numel() for name, p in self.named_parameters() if not name.startswith("learning."))
+        return total - sum(p[self.config.vocab_size :].numel() for p in self.vocabulary_weights())
+
+
+def real_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """(B, T): True up to a row's length, False in the padding behind it."""
+    return torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None]
+
+
+def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """(B, T, C) and positions (B, M) -> (B, M, C)."""
+    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.size(-1)))
+
+
+def vocabulary_logits(scores: Tensor, config: ModelConfig) -> Tensor:
+    """(..., rows of the embedding) -> (..., V): without the rows of vocab_multiple; capped if so configured."""
+    scores = scores[..., : config.vocab_size]
+    return config.logit_softcap * torch.tanh(scores / config.logit_softcap) if config.logit_softcap else scores
+
+
+def init_weights(module: nn.Module) -> None:
+    """N(0, 0.02), biases zero (Radford et al. 2018; Devlin et al. 2019)."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

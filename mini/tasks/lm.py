@@ -1,0 +1,103 @@
+"""Language modelling: predict the next token of running text."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mini.errors import UserError
+from mini.model.config import ModelConfig
+from mini.model.transformer import Model
+from mini.tasks.base import IGNORE, Batch, Task
+from mini.tasks.metrics import bits_per_byte
+from mini.tasks.order import shuffled
+from mini.text.tokenizer import Tokenizer
+from mini.text.tokens import TokenFile
+
+
+class NextToken(Task):
+    """What language modelling and answers to prompts share."""
+
+    kinds, judged, command = ("gpt",), "lm", "sample"
+    tokenizer: Tokenizer
+
+    def losses(self, answers: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Cross-entropy in nats; targets (B, T), IGNORE where nothing is to be predicted."""
+        logits = answers["lm"].float()  # (B, T, V)
+        return {"lm": F.cross_entropy(logits.flatten(0, 1), inputs["targets"].flatten(), reduction="sum")}
+
+    def metrics(self, sums: dict[str, Tensor]) -> dict:
+        loss, count, n_bytes = (float(sums[name]) for name in ("lm", "count/lm", "bytes"))
+        figures = {"val_loss": loss / count}
+        return figures | {"val_bpb": bits_per_byte(loss, n_bytes)} if self.tokenizer.lossless else figures
+
+    def beats_chance(self, figures: dict) -> bool:
+        return figures["val_loss"] < 0.99 * math.log(self.tokenizer.vocab_size)  # which rounding alone does not reach
+
+    def summary(self, result: dict) -> list[str]:
+        perplexity = math.exp(min(result["val_loss"], 99))
+        line = f"Validation loss {result['val_loss']:.4f} nats per token (perplexity {perplexity:.4g})"
+        return [line + (f", {result['val_bpb']:.4f} bits per byte" if "val_bpb" in result else "")]
+
+
+class LanguageModelling(NextToken):
+    """Windows of max_len tokens that tile the corpus, each with the tokens that follow as targets."""
+
+    pretrains, fixed_shape = True, True
+
+    def __init__(self, train: TokenFile, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int,
+                 batch_size: int = 1, options: None = None):  # fmt: skip
+        self.train, self.valid, self.max_len, self.seed = train.tokens, valid.tokens, max_len, seed
+        self.checksum = f"{train.sha256}-{valid.sha256}"
+        self.tokenizer, self.notes = tokenizer, []
+        self.n = (len(self.train) - 1) // max_len
+        if self.n < 1:
+            raise UserError(
+                f"the training text has {len(self.train):,} tokens, but a window takes {max_len + 1}: "
+                f"give more text or a smaller --max_len"
+            )
+        if len(self.valid) < 2:
+            raise UserError("the validation text has fewer than 2 tokens: give more text or a larger --valid_fraction")
+
+    @classmethod
+    def fits(cls, config: ModelConfig) -> bool:
+        return config.causal and not config.n_classes
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The windows of these example numbers: tokens and targets (B, T)."""
+        starts = shuffled(indices, self.n, self.seed) * self.max_len
+        rows = self.train[starts[:, None] + np.arange(self.max_len + 1)].astype(np.int64)  # (B, T + 1)
+        rows = torch.from_numpy(rows)
+        size = rows.numel() - len(rows)
+        return Batch({"tokens": rows[:, :-1], "targets": rows[:, 1:]}, {"lm": size}, size)
+
+    def validation(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+        """Every token of the validation text once (or of its first `limit` tokens), the last window too."""
+        end = min(len(self.valid), limit + 1) if limit else len(self.valid)
+        T = self.max_len
+        for start in range(0, end - 1, T * batch_size):
+            flat = self.valid[start : min(start + T * batch_size + 1, end)].astype(np.int64)
+            n = len(flat) - 1  # predictions
+            B = -(-n // T)
+            inputs, targets = np.zeros(B * T, dtype=np.int64), np.full(B * T, IGNORE, dtype=np.int64)
+            inputs[:n], targets[:n] = flat[:-1], flat[1:]
+            pair = {"tokens": torch.from_numpy(inputs).view(B, T), "targets": torch.from_numpy(targets).view(B, T)}
+            yield Batch(pair, {"lm": n}, n, n_bytes=int(self.tokenizer.byte_lengths[flat[1:]].sum()))
+
+    def sample(self, model: Model) -> str:
+        """The beginning of a new document."""
+        if self.tokenizer.eot is None:
+            return "(no sample: the tokenizer has no <|endoftext|> to begin with)"
+        prompt = torch.tensor([[self.tokenizer.eot]], device=next(model.parameters()).device)
+        generator = torch.Generator(prompt.device).manual_seed(0)  # the same draw each time: only the model changes
+        options = dict(temperature=0.8, top_p=0.95, stop=[self.tokenizer.eot], generator=generator)
+        new = model.generate(prompt, min(100, model.config.max_len), **options)[0, 1:].tolist()
+        return self.tokenizer.decode([i for i in new if i != self.tokenizer.eot]).strip()
+
+    def example(self) -> list[str]:
+        """A prompt to try: the first words of the validation text."""
+        words = self.tokenizer.decode(self.valid[1:60].tolist()).split()
+        return [" ".join(words[:3])]

@@ -1,0 +1,262 @@
+"""Text as numbers, in a folder that is mapped into memory, not read: what training draws its batches from.
+
+    train.tokens     the token ids one after another: uint16, or uint32 where the vocabulary is over 65,536
+    train.documents  where in train.tokens each document starts: uint64
+    train.sentences  where each sentence starts: uint64; the start of a document is always one
+    valid.*          the same for validation
+    meta.json        counts and checksums. The tokenizer's own files stand beside it.
+
+All numbers are little-endian. A tokenizer's end-of-text token, if it has one, stands *before* each document,
+as its first: so that every byte of text, the first too, is predicted from something.
+"""
+
+import hashlib
+import itertools
+import os
+import re
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from mini.errors import UserError
+from mini.storage import atomic_folder, read_json, write_json
+from mini.text.corpus import TextSplit
+from mini.text.tokenizer import Tokenizer
+
+FORMAT = "mini tokens 1"
+BATCH = 2**19  # bytes of text, of one document or many, that a thread encodes at a time
+CONTEXT = 64  # bytes before a piece of text that are looked at to see whether a sentence ends there
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One split. Its arrays lie in files and take memory only where they are looked at."""
+
+    tokens: np.ndarray  # (n_tokens,) uint16 or uint32
+    documents: np.ndarray  # (n_documents,) uint64, the place in `tokens` where each document starts
+    sentences: np.ndarray  # (n_sentences,) uint64, the same for sentences
+    n_bytes: int  # of the text
+    sha256: str  # of `tokens`
+
+
+@dataclass(frozen=True)
+class TokenFolder:
+    path: Path
+    train: TokenFile
+    valid: TokenFile
+    meta: dict  # meta.json
+
+
+def is_token_folder(path: str | Path) -> bool:
+    return (Path(path) / "meta.json").is_file() and (Path(path) / "train.tokens").is_file()
+
+
+def open_tokens(path: str | Path) -> TokenFolder:
+    """Opens a folder that `write_tokens` made. Raises UserError where it is none, or is not whole."""
+    path = Path(path)
+    if not is_token_folder(path):
+        raise UserError(f"{path}: not a token folder; `python -m mini tokens FILE --out {path}` makes one")
+    meta = read_json(path / "meta.json")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise UserError(f"{path / 'meta.json'}: not of the format {FORMAT!r}; make the token folder anew")
+    return TokenFolder(path, open_split(path, "train", meta), open_split(path, "valid", meta), meta)
+
+
+def open_split(path: Path, name: str, meta: dict) -> TokenFile:
+    try:
+        split, dtype = meta["splits"][name], {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
+        tokens = map_file(path / f"{name}.tokens", dtype, split["n_tokens"])
+        documents = map_file(path / f"{name}.documents", "<u8", split["n_documents"])
+        sentences = map_file(path / f"{name}.sentences", "<u8", split["n_sentences"])
+        return TokenFile(tokens, documents, sentences, split["n_bytes"], split["sha256"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / 'meta.json'}: damaged ({error}); make the token folder anew") from None
+
+
+def map_file(path: Path, dtype: str, n: int) -> np.ndarray:
+    expected = n * np.dtype(dtype).itemsize
+    size = path.stat().st_size if path.is_file() else 0
+    if size != expected:
+        raise UserError(f"{path}: {size:,} bytes instead of {expected:,}; make the token folder anew")
+    return np.memmap(path, dtype, "r") if n else np.empty(0, dtype)  # an empty file cannot be mapped
+
+
+# --- Writing ------------------------------------------------------------------------------------------------
+
+
+def write_tokens(
+    splits: dict[str, TextSplit],
+    tokenizer: Tokenizer,
+    out: str | Path,
+    progress: bool = True,
+    workers: int | None = None,
+) -> TokenFolder:
+    """Encodes {"train": ..., "valid": ...} into the folder `out`, which is there once it is whole; opens it.
+
+    So many `workers` (threads; one per core by default) encode while the results are written in order; memory
+    does not grow with the text. Raises UserError where `out` is anything but empty or a token folder, and
+    what reading the text raises.
+    """
+    out = Path(out).resolve()
+    if out.exists() and not is_token_folder(out) and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not a token folder; choose another name")
+    workers = workers or os.cpu_count() or 1
+    meta = {
+        "format": FORMAT,
+        "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+        "tokenizer": {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint},
+        "vocab_size": tokenizer.vocab_size,
+        "eot": tokenizer.eot,
+        "splits": {},
+    }
+    total = splits["train"].n_bytes + splits["valid"].n_bytes
+    hidden = None if progress else True  # None: tqdm shows itself on a terminal only
+    with (
+        atomic_folder(out) as folder,
+        tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=hidden) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        tokenizer.save(folder)
+        for name in ("train", "valid"):
+            batches = encode_batches(splits[name], tokenizer, pool, ahead=2 * workers)
+            meta["splits"][name] = write_split(folder, name, batches, meta["dtype"], bar)
+        write_json(folder / "meta.json", meta)
+    return open_tokens(out)
+
+
+@dataclass
+class Encoded:
+    """Some text, encoded. Places count from the batch's first token."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    sentences: np.ndarray
+    n_bytes: int
+
+
+def write_split(folder: Path, name: str, batches: Iterator[Encoded], dtype: str, bar: tqdm) -> dict:
+    """Writes one split's files. Returns what meta.json says of it."""
+    n_tokens = n_documents = n_sentences = n_bytes = 0
+    digest = hashlib.sha256()
+    with (
+        open(folder / f"{name}.tokens", "wb") as tokens,
+        open(folder / f"{name}.documents", "wb") as documents,
+        open(folder / f"{name}.sentences", "wb") as sentences,
+    ):
+        for batch in batches:
+            data = batch.tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+            digest.update(data)
+            tokens.write(data)
+            documents.write((n_tokens + batch.documents).astype("<u8").tobytes())
+            sentences.write((n_tokens + batch.sentences).astype("<u8").tobytes())
+            n_tokens += len(batch.tokens)
+            n_documents += len(batch.documents)
+            n_sentences += len(batch.sentences)
+            n_bytes += batch.n_bytes
+            bar.update(batch.n_bytes)
+    return {
+        "n_tokens": n_tokens,
+        "n_documents": n_documents,
+        "n_sentences": n_sentences,
+        "n_bytes": n_bytes,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def encode_batches(split: TextSplit, tokenizer: Tokenizer, pool: ThreadPoolExecutor, ahead: int) -> Iterator[Encoded]:
+    """Yields a split's text, encoded, in order. At most `ahead` batches are on their way."""
+    running: deque = deque()
+    pieces, size, context = [], 0, b""
+    for starts_document, piece in split.pieces():
+        context = b"" if starts_document else context
+        pieces.append((starts_document, context, piece))
+        size += len(piece)
+        context = (context + piece[-CONTEXT:])[-CONTEXT:]
+        if size >= BATCH:
+            running.append(pool.submit(encode_batch, pieces, tokenizer))
+            pieces, size = [], 0
+        if len(running) >= ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+    if pieces:
+        yield encode_batch(pieces, tokenizer)
+
+
+def encode_batch(pieces: list[tuple[bool, bytes, bytes]], tokenizer: Tokenizer) -> Encoded:
+    """Encodes pieces of text, each given as (starts_document, the text just before it, the text)."""
+    tokens, documents, sentences = [np.empty(0, np.uint32)], [], [np.empty(0, np.int64)]
+    n_tokens = 0
+    for starts_document, context, piece in pieces:
+        ids, places = encode_piece(piece, sentence_starts(context, piece), tokenizer)
+        if not len(ids):  # WordPiece has no tokens for some characters that cannot be seen
+            continue
+        if starts_document:
+            documents.append(n_tokens)
+            sentences.append([n_tokens])
+            if tokenizer.eot is not None:
+                tokens.append([tokenizer.eot])
+                n_tokens += 1
+        tokens.append(ids)
+        sentences.append(n_tokens + places)
+        n_tokens += len(ids)
+    return Encoded(
+        np.concatenate(tokens).astype(np.uint32),
+        np.array(documents, np.uint64),
+        np.unique(np.concatenate(sentences)).astype(np.uint64),  # one token may hold the starts of two
+        sum(len(piece) for _, _, piece in pieces),
+    )
+
+
+def encode_piece(piece: bytes, starts: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens, and for each byte in `starts` which of them begins there, or else holds it."""
+    if tokenizer.lossless:
+        ids = tokenizer.encode_array(piece)
+        ends = np.cumsum(tokenizer.byte_lengths[ids])  # (T,) the byte before which each token ends
+        return ids, np.searchsorted(ends, starts, side="right")
+    # A tokenizer that drops white space or accents: its tokens do not add up to the text. So by sentences.
+    edges = [0, *starts.tolist(), len(piece)]
+    parts = [tokenizer.encode_array(piece[a:b]) for a, b in itertools.pairwise(edges)]
+    ids, places = np.concatenate(parts), np.cumsum([len(part) for part in parts])[:-1]
+    return ids, places[places < len(ids)]  # what is left behind the last token, a no-break space say, is no sentence
+
+
+# --- Sentences ----------------------------------------------------------------------------------------------
+
+# A sentence ends with its full stop and what closes behind it, unless that was an abbreviation or a small
+# letter follows. In UTF-8, e2 80 99 and e2 80 9d are curved quotes, e3 80 82 is the CJK full stop. Patterns
+# give back nothing that they took (`++`), and match where no sentence follows too (without a group, then): so
+# a million full stops or empty lines take no more time than other text.
+FULL_STOP = re.compile(
+    rb"""
+    [.!?] (?<! \b[A-Z]\. ) (?<! \b(?:Mr|Ms|Dr|St|vs|cf)\. ) (?<! \b(?:Mrs|e\.g|i\.e)\. )
+    (?: [.!?"')\]] | \xe2\x80[\x99\x9d] )*+
+    (?= ( \s++ [^a-z] )? )
+    | \xe3\x80\x82 (?= ( \s*+ . )? )
+    """,
+    re.VERBOSE,
+)
+EMPTY_LINE = re.compile(rb"\n[^\S\n]*+\n\s*+")  # ends a heading, an item, a line of code
+
+
+def sentence_starts(context: bytes, piece: bytes) -> np.ndarray:
+    """Returns the bytes of `piece` where a sentence starts, ascending; `context` is the text before it.
+
+    A sentence starts with the white space before it, where tokens start too. The first one of a document has
+    nothing before it, and is not among them.
+    """
+    text = context + piece
+    starts = [found.end() for found in FULL_STOP.finditer(text) if found.lastindex]
+    for found in EMPTY_LINE.finditer(text):
+        start = found.start()
+        while start > 0 and text[start - 1] in b" \t\r":
+            start -= 1
+        if start > 0 and found.end() < len(text):
+            starts.append(start)
+    places = np.unique(np.array(starts, np.int64)) - len(context)
+    return places[(places >= 0) & (places < len(piece))]

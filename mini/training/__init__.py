@@ -1,0 +1,1 @@
+"""From tasks and models to runs."""

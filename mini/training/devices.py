@@ -1,0 +1,175 @@
+"""What a training runs on: the processes that share it, their device, its number format, compiler and memory."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from mini.errors import UserError
+
+
+class World:
+    """The processes that train together: one alone, or as many as torchrun started."""
+
+    def __init__(self, device: str):
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        try:
+            self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        except UserError as error:  # perhaps more processes than GPUs: rank 0 would not know
+            if self.rank:
+                print(f"error: rank {self.rank}: {error}", file=sys.stderr)
+            raise
+        if self.size > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=4))  # rank 0 may tokenize for long
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def say(self, *text: object) -> None:
+        """Prints from rank 0, without tearing a progress bar apart."""
+        if self.main:
+            tqdm.write(" ".join(map(str, text)))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, value):
+        """Rank 0's value, on every rank: for choices that hang on what each has measured."""
+        if self.size > 1:
+            box = [value]
+            dist.broadcast_object_list(box, device=self.device)
+            value = box[0]
+        return value
+
+    def lowest(self, value: int) -> int:
+        return -self.highest(-value)
+
+    def highest(self, value: int) -> int:
+        """The highest of all ranks' values."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def main_first(self, make: Callable):
+        """make() on rank 0, then on the others: what the first one builds, the others find."""
+        if self.main:
+            failed = torch.ones((), device=self.device)
+            try:
+                result = make()
+                failed.zero_()
+                return result
+            finally:
+                self.sum(failed)
+        if self.sum(torch.zeros((), device=self.device)):
+            raise SystemExit(2)  # rank 0 says why
+        return make()
+
+    def wait(self) -> None:
+        """Until all have come so far: what rank 0 has written is there for the others."""
+        if self.size > 1:
+            dist.barrier()
+
+    def leave(self) -> None:
+        """Ends together: a process that goes while another still talks to it can take it down."""
+        self.wait()
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def pick_device(name: str, index: int = 0) -> torch.device:
+    """The device of a --device flag; auto takes a GPU where there is one. Refuses one that does not work."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: choose one of auto, cpu, cuda, mps")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch finds no NVIDIA GPU here; leave the flag out or take cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    except Exception as error:  # what a build without that device raises differs from version to version
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--device {name} does not work here: {reason}") from None
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, IndexError):  # only Linux has this file, and names a processor there
+        return Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t :")
+    return platform.processor() or platform.machine()
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively; else float32 by the fast path, TF32 on GPUs.
+
+    An explicit float32 means all of its bits. MINI_NO_BF16=1 makes auto behave as on hardware without bfloat16.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not every version of PyTorch has both
+        native = any(getattr(torch.cpu, name, bool)() for name in checks)
+    if name == "auto":
+        torch.set_float32_matmul_precision("high")
+        native = native and not os.environ.get("MINI_NO_BF16")
+        return torch.bfloat16 if native else torch.float32
+    return getattr(torch, name)
+
+
+def can_compile(device: torch.device, say: Callable) -> bool:
+    """Whether torch.compile works on this machine, which needs a C++ compiler, or Triton on a GPU; says if not."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        say(f"torch.compile does not work here, going on without it ({reason})")
+        return False
+    torch._dynamo.config.suppress_errors = True  # whatever else cannot be compiled runs as it is
+    return True
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory for the next step instead of returning it to the system.
+
+    Otherwise every large activation is fresh memory that the system first fills with zeros, page by page: a
+    training step on a CPU then takes about a quarter longer. Elsewhere (macOS, musl) this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        if mallopt(M_MMAP_THRESHOLD, 2**30):  # old versions refuse; the others alone would not help
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+            mallopt(M_TOP_PAD, 2**28)
+
+
+def progress_bar(iterable: Iterable | None = None, **options) -> tqdm:
+    """A bar that is drawn ten times a second on a terminal, and twice a minute in a log file."""
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)

@@ -1,0 +1,401 @@
+"""The loop: every training in mini, whatever the model and the task, goes through train().
+
+    for step in range(from the newest checkpoint, steps):
+        set the learning rate
+        backward()            each micro-batch of the step: forward, loss / count of the whole batch, backward
+        after_backward()      of the methods that are handed in, such as pruning
+        clip_gradients()      and stop the run if loss or norm is not a number
+        optimizer.step()
+        after_step()          of the methods
+        now and then: a line of metrics.jsonl, evaluate(), show_sample(), a checkpoint
+    finish()
+
+One step in words: the global batch of the step is cut into equal micro-batches, one for each rank and accumulation; the
+summed losses of each are divided by the counts of the whole batch, so that the gradients add up to that of the one big
+batch; then one optimizer step. Dropout is seeded from (seed, step, first example of the micro-batch): so nothing
+depends on how many processes share micro-batches of one size (1 x 4, 2 x 2, 4 x 1), and a run goes on from a checkpoint
+as if it had never stopped.
+"""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mini.errors import UserError
+from mini.flags import Checked, option
+from mini.storage import load_tensors, load_weights, save_tensors, write_json
+from mini.tasks.base import Batch, Task
+from mini.tasks.order import mix
+from mini.training import checkpoints
+from mini.training.devices import World, can_compile, keep_memory, pick_dtype, progress_bar
+from mini.training.optim import OptimConfig, make_optimizers, schedule
+from mini.training.speed import Speedometer, plot_metrics
+
+
+@dataclass
+class TrainConfig(Checked):
+    """The loop. log_every, sample_every, checkpoint_every, keep and accumulation may change when a run goes on."""
+
+    steps: int = option(1000, "optimizer steps", low=0)
+    epochs: float = option(0.0, "passes over the training data, instead of --steps", low=0)
+    batch_size: int = option(16, "global batch in sequences, over all ranks and accumulated parts", low=1)
+    accumulation: int = option(1, "parts into which each rank cuts its share of the batch", low=1, resume=True)
+    seed: int = option(1, "seed of weights, order and dropout", low=0, high=2**63 - 1)
+    device: str = option("auto", "auto, cpu, cuda, mps")
+    dtype: str = option(
+        "auto", "of matrix products; auto: bfloat16 where the hardware multiplies it", ("auto", "bfloat16", "float32")
+    )
+    compile: str = option(
+        "auto",
+        "torch.compile; auto: on GPUs. On CPUs true is faster, but does not repeat to the bit",
+        ("auto", "true", "false"),
+    )
+    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory")
+    eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch", low=0)
+    eval_tokens: int = option(0, "validation tokens that evaluations of lm before the last use; 0: all", low=0)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", resume=True, low=1)
+    sample_every: int = option(250, "steps between printed samples; 0: never", resume=True, low=0)
+    checkpoint_every: int = option(250, "steps between checkpoints; 0: only when interrupted", resume=True, low=0)
+    keep: int = option(2, "checkpoints kept", resume=True, low=1)
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.steps or self.epochs)
+
+
+class Method(Protocol):
+    """What acts during training beside the optimizer."""
+
+    def after_backward(self) -> None:
+        """Gradients are complete, but not clipped yet."""
+
+    def after_step(self, done: int, steps: int) -> None:
+        """The optimizer has taken step number `done` of `steps`."""
+
+    def figures(self) -> dict:
+        """What the result should say of it."""
+
+
+class Objective(Protocol):
+    """What is minimised: a task, or a task with a teacher."""
+
+    loss_weights: dict[str, float]
+    default_weight: float  # of losses that have none of their own
+    best: str | None
+    fixed_shape: bool
+
+    def counts(self, batch: Batch) -> dict[str, int]: ...
+    def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+class Losses(nn.Module):
+    """The objective's losses and the model's own as a module's forward, which is what DDP and torch.compile wrap."""
+
+    def __init__(self, model: nn.Module, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.objective.loss(self.model, inputs) | self.model.extra_losses()
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    options: TrainConfig,
+    optim: OptimConfig,
+    folder: Path,
+    world: World,
+    objective: Objective | None = None,
+    methods: Iterable[Method] = (),
+    settled: int = 0,
+) -> dict:
+    """Trains to the end, from the newest checkpoint in folder if there is one; returns the final figures.
+
+    objective: what is minimised, of itself the task. settled: the step before which no weights count as the best.
+    Writes metrics.jsonl, checkpoints, and at the end model.safetensors and result.json.
+    Raises UserError where the loss stops being a number; SystemExit after SIGTERM or Ctrl-C, a checkpoint written.
+    """
+    objective = objective or task
+    size, known = micro_batch_size(options, world), {**model.loss_weights, **objective.loss_weights}
+    steps, eval_every = total_steps(options, task), options.eval_every
+    if objective.best and not eval_every:
+        eval_every = -(-task.n // options.batch_size)  # each epoch
+
+    keep_memory()
+    model.to(world.device).train()
+    model.stack.checkpoint_activations = options.checkpoint_activations
+    dtype = pick_dtype(options.dtype, world.device)
+    optimizers = make_optimizers(model, optim, dtype)
+    state = resume(model, optimizers, folder, world)
+
+    losses_of: nn.Module = Losses(model, objective)
+    # On CPUs compiled code adds in an order that varies with several threads: runs would not repeat to the bit.
+    wanted = options.compile == "true" or (options.compile == "auto" and objective.fixed_shape and world.on_gpu)
+    if wanted and can_compile(world.device, world.say):
+        losses_of = torch.compile(losses_of)
+    if world.size > 1:
+        losses_of = DistributedDataParallel(losses_of, broadcast_buffers=False)  # all ranks compute the same ones
+    speed = Speedometer(model, task.predicted if objective.fixed_shape else 0, dtype, world, state)
+
+    began = time.perf_counter() - state["seconds"]
+    bar = progress_bar(total=steps, initial=state["step"], disable=not world.main, unit="step")
+    with Interrupts() as interrupts, bar:
+        for step in range(state["step"], steps):
+            stop = world.highest(interrupts.received)
+            clock = time.perf_counter()
+            share = schedule(step, steps, optim)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = group["peak_lr"] * share
+            batches = micro_batches(task, step, size, options, world)
+            losses, weights, n_tokens = backward(losses_of, objective, known, batches, dtype, world)
+            for method in methods:
+                method.after_backward()
+            loss = sum(weights[name] * value for name, value in losses.items())
+            norm = clip_gradients(model, optim.clip)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise diverged(step + 1, f"the loss is {loss} and the gradient norm {norm}", step, folder)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            done, last = step + 1, step + 1 == steps
+            for method in methods:
+                method.after_step(done, steps)
+            state |= {"step": done, "tokens": state["tokens"] + n_tokens}
+            state["train_seconds"] += time.perf_counter() - clock
+            bar.update()
+
+            evaluating = last or falls_on(done, eval_every)
+            if evaluating or falls_on(done, options.log_every):
+                row = {"step": done, "loss": loss, "lr": optim.lr * share, "grad_norm": norm, **speed.since_last(state)}
+                if len(losses) > 1:
+                    row |= losses
+                postfix = f"loss {loss:.3f}, lr {row['lr']:.2g}, {row['tokens_per_s']:,.0f} tokens/s"
+                bar.set_postfix_str(postfix, refresh=False)
+                if evaluating:
+                    figures = evaluate(model, task, world, dtype, size, 0 if last else options.eval_tokens)
+                    if not math.isfinite(figures["val_loss"]):
+                        raise diverged(done, f"the validation loss is {figures['val_loss']}", done, folder)
+                    row |= {name: value for name, value in figures.items() if isinstance(value, float)}
+                    world.say(f"step {done:>{len(str(steps))}}: " + describe(figures))
+                    if objective.best and done >= settled:
+                        keep_best(state, figures, objective.best, model, folder, world)
+                if world.main:
+                    checkpoints.append_metrics(folder, row)
+            if world.main and falls_on(done, options.sample_every) and not last:
+                show_sample(model, task, world, dtype)
+            state["seconds"] = time.perf_counter() - began
+            if not last and (stop or falls_on(done, options.checkpoint_every)) and world.main:
+                saved = checkpoints.save_checkpoint(folder, model, optimizers, state, options.keep)
+            if stop and not last:
+                bar.close()
+                if world.main:
+                    world.say(f"interrupted: {saved} is written; the same command goes on from there")
+                world.leave()
+                raise SystemExit(128 + stop)
+
+    model.learning = nn.ModuleDict()  # it has served
+    if not steps:  # a run that is only judged
+        figures = state["best"] = evaluate(model, task, world, dtype, size)
+        world.say(describe(figures))
+    result = {
+        **(state["best"] if objective.best else figures),
+        "steps": steps,
+        "tokens": state["tokens"],
+        **speed.overall(state),
+        "seconds": time.perf_counter() - began,
+        "parameters": model.num_params(),
+        "device": str(world.device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    for method in methods:
+        result |= method.figures()
+    if world.main:
+        finish(model, result, folder)
+    return result
+
+
+def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> dict:
+    """Puts the newest whole checkpoint into place, if there is one; returns how far the run has come."""
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "best": None}
+    if checkpoint := checkpoints.newest_checkpoint(folder, world.say):
+        state |= checkpoints.load_checkpoint(checkpoint, model, optimizers)
+        world.say(f"going on from {checkpoint}")
+    elif checkpoints.checkpoints(folder):
+        raise UserError(f"{folder}: every checkpoint is damaged; --overwrite true begins anew")
+    if world.lowest(state["step"]) != world.highest(state["step"]):
+        raise UserError(f"{folder}: the ranks see different checkpoints; put the run on a file system that all share")
+    if world.main:
+        checkpoints.rewind(folder, state["step"])
+    return state
+
+
+def finish(model: nn.Module, result: dict, folder: Path) -> None:
+    """Writes the final weights, the picture, and last result.json, with which the run counts as finished."""
+    if (best := folder / "best.safetensors").exists():
+        load_weights(model, load_tensors(best), folder)
+    result["bytes"] = checkpoints.save_model(model, folder)
+    plot_metrics(checkpoints.read_metrics(folder), folder / "loss.png")
+    write_json(folder / "result.json", result)
+    (folder / "best.safetensors").unlink(missing_ok=True)
+
+
+def total_steps(options: TrainConfig, task: Task) -> int:
+    return max(1, round(options.epochs * task.n / options.batch_size)) if options.epochs else options.steps
+
+
+def micro_batch_size(options: TrainConfig, world: World) -> int:
+    """Sequences in one forward pass: the batch is cut equally by ranks, then by accumulation."""
+    size, rest = divmod(options.batch_size, world.size * options.accumulation)
+    if rest:
+        raise UserError(
+            f"--batch_size {options.batch_size} cannot be cut into {world.size} ranks x {options.accumulation} parts"
+        )
+    return size
+
+
+def falls_on(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def micro_batches(task: Task, step: int, size: int, options: TrainConfig, world: World) -> list[tuple[int, Batch]]:
+    """This rank's share of a step's batch, each with the seed of its dropout, the same wherever it is computed."""
+    first = step * options.batch_size + world.rank * options.accumulation * size
+    firsts = [first + i * size for i in range(options.accumulation)]  # the number of each one's first example
+    return [(mix(options.seed, step, n), task.batch(np.arange(n, n + size))) for n in firsts]
+
+
+def backward(
+    losses_of: nn.Module,
+    objective: Objective,
+    known: dict[str, float],
+    batches: list[tuple[int, Batch]],
+    dtype: torch.dtype,
+    world: World,
+) -> tuple[dict[str, float], dict[str, float], int]:
+    """Leaves the gradient of the step's whole batch in the parameters: of all losses that objective and model return.
+
+    known: weights of losses by name; any other loss counts objective.default_weight.
+    Returns ({name: mean loss in nats}, {name: its weight}, real tokens), losses and tokens over all ranks.
+    """
+    counted = [objective.counts(batch) for _, batch in batches]
+    names = list(counted[0])
+    totals = [sum(counts[name] for counts in counted) for name in names]
+    totals = torch.tensor([*totals, sum(batch.n_tokens for _, batch in batches)], device=world.device)
+    *totals, n_tokens = world.sum(totals).tolist()
+    counts = dict(zip(names, totals, strict=True))
+
+    sums: dict[str, Tensor] = {}
+    named = counts.keys() | known.keys()
+    for i, (seed, batch) in enumerate(batches):
+        torch.manual_seed(seed)
+        # Ranks exchange gradients once, with the last micro-batch; DDP looks at this during the forward pass.
+        alone = world.size > 1 and i + 1 < len(batches)
+        with losses_of.no_sync() if alone else contextlib.nullcontext():
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                losses = losses_of(batch.to(world.device).inputs)
+            if missing := named - losses.keys():
+                raise ValueError(f"there is a count or a weight, but no loss, of the name {', '.join(sorted(missing))}")
+            # Σ over all micro-batches and ranks of (summed loss / the whole batch's count) is the batch's mean loss.
+            # Backward passes add up a rank's own; DDP averages over the ranks, so world.size makes that a sum.
+            weights = {name: known.get(name, objective.default_weight) for name in losses}
+            shares = {name: weights[name] * world.size / counts.get(name, n_tokens) for name in losses}
+            sum(share * losses[name] for name, share in shares.items()).backward()
+        for name, value in losses.items():
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+    values = world.sum(torch.stack([value.float() for value in sums.values()])).tolist()
+    means = {name: value / counts.get(name, n_tokens) for name, value in zip(sums, values, strict=True)}
+    return means, weights, n_tokens
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Scales all gradients so that their norm is at most limit (0: leaves them); returns the norm before."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    return float(nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, world: World, dtype: torch.dtype, batch_size: int, limit: int = 0) -> dict:
+    """The task's figures on the whole validation set (or its first `limit` tokens), shared out over the ranks."""
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    progress = progress_bar(desc="evaluating", leave=False, delay=2, disable=not world.main, unit="batch")
+    with progress:
+        for i, batch in enumerate(task.validation(batch_size, limit)):
+            mine = i % world.size == world.rank
+            if not mine and i > 0:  # everybody computes the first: a rank without any still knows the sums' shapes
+                continue
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                measured = task.measure(model, batch.to(world.device).inputs)
+            counts = {f"count/{name}": count for name, count in batch.counts.items()} | {"bytes": batch.n_bytes}
+            measured |= {name: torch.tensor(float(count)) for name, count in counts.items()}
+            for name, value in measured.items():
+                value = value.cpu().double() * mine
+                sums[name] = sums[name] + value if name in sums else value
+            progress.update()
+    if world.size > 1:
+        sums = {name: world.sum(sums[name].to(world.device)).cpu() for name in sorted(sums)}
+    model.train()
+    return task.metrics(sums)
+
+
+def keep_best(state: dict, figures: dict, name: str, model: nn.Module, folder: Path, world: World) -> None:
+    """Remembers figures and weights if figures[name] is the best so far, or as good with a lower validation loss."""
+
+    def rank(figures: dict) -> tuple[float, float]:
+        return (-1 if name.endswith("loss") else 1) * figures[name], -figures["val_loss"]
+
+    if state["best"] is None or rank(figures) > rank(state["best"]):
+        state["best"] = {**figures, "best_step": state["step"]}
+        if world.main:
+            save_tensors(folder / "best.safetensors", checkpoints.served(model))
+
+
+def describe(figures: dict) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+
+
+def show_sample(model: nn.Module, task: Task, world: World, dtype: torch.dtype) -> None:
+    model.eval()
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        text = task.sample(model)
+    model.train()
+    if text is not None:
+        world.say("\n".join("    | " + line for line in text.splitlines()))
+
+
+def diverged(step: int, what: str, bad: int, folder: Path) -> UserError:
+    """bad: the number of steps after which the weights were no longer good."""
+    good = checkpoints.newest_checkpoint(folder, before=bad)
+    return UserError(
+        f"step {step}: {what}, so the run stops here. Last good checkpoint: {good or 'none'}. "
+        f"Try a smaller --lr, a longer --warmup, --clip 1 or --dtype float32, in another --out"
+    )
+
+
+class Interrupts:
+    """While active, Ctrl-C and SIGTERM only leave their number in `received`; a second Ctrl-C ends at once."""
+
+    def __enter__(self) -> "Interrupts":
+        self.received = 0
+        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,167 @@
+"""AdamW for vectors and embeddings, Muon for hidden matrices, and the shapes of the learning rate.
+
+Each parameter group carries its own peak in "peak_lr"; the loop sets lr = peak_lr · schedule(step).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mini.flags import Checked, option
+from mini.model.transformer import Linear
+
+
+@dataclass
+class OptimConfig(Checked):
+    """The optimizer and its schedule."""
+
+    optimizer: str = option("muon", "Muon for the hidden matrices and AdamW for the rest, or AdamW", ("muon", "adamw"))
+    lr: float | None = option(
+        None, "peak learning rate (with Muon: of the hidden matrices); None: 0.02 for Muon, 0.001 for AdamW", low=0
+    )
+    embed_lr: float = option(0.0, "AdamW's for embeddings; 0: lr, with Muon lr / 2", low=0)
+    head_lr: float = option(0.0, "AdamW's for an untied head, norms and biases; 0: lr, with Muon lr / 4", low=0)
+    schedule: str = option("trapezoidal", "shape after the warm-up", ("trapezoidal", "cosine", "linear", "constant"))
+    warmup: float = option(0.02, "warm-up: share of the steps, or their number if 1 or more", low=0)
+    cooldown: float = option(0.5, "share of the steps in which a trapezoidal schedule falls", low=0, high=1)
+    min_lr: float = option(0.0, "learning rate at the end, as a share of the peak", low=0, high=1)
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices and embeddings", low=0)
+    beta1: float = option(0.9, "AdamW's first-moment decay", low=0, high=0.999999)
+    beta2: float = option(0.95, "AdamW's second-moment decay", low=0, high=0.999999)
+    momentum: float = option(0.95, "Muon's momentum", low=0, high=0.999999)
+    clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lr is None:
+            self.lr = 0.02 if self.optimizer == "muon" else 0.001
+
+
+def schedule(step: int, steps: int, config: OptimConfig) -> float:
+    """The learning rate of step 0..steps-1 as a share of the peak: warm-up, then the chosen shape."""
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    left = (steps - step) / max(1.0, steps - warmup)  # 1 at the end of the warm-up, towards 0 at the last step
+    if config.schedule == "constant":
+        fall = 1.0
+    elif config.schedule == "linear":
+        fall = left
+    elif config.schedule == "cosine":  # Loshchilov & Hutter 2017
+        fall = 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    else:  # trapezoidal: flat, then straight down in the last `cooldown` of all steps (Zhai et al. 2022)
+        fall = min(1.0, (steps - step) / max(1.0, config.cooldown * steps))
+    return config.min_lr + (1 - config.min_lr) * fall
+
+
+def roles(model: nn.Module) -> dict[str, str]:
+    """What each parameter that learns is to an optimizer: "hidden", "embedding", "head" or "vector".
+
+    A matrix is what the innermost module around it says with its attribute `role`; all others are vectors.
+    """
+    said = {name: module.role for name, module in model.named_modules() if hasattr(module, "role")}
+
+    def role(name: str, parameter: nn.Parameter) -> str:
+        if parameter.ndim < 2:
+            return "vector"
+        around = name
+        while around not in said:
+            around = around.rpartition(".")[0]
+        return said[around]
+
+    return {name: role(name, p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def make_optimizers(
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
+
+    Weight decay acts on matrices and embeddings, never on biases and norms. dtype: of Muon's matrix products.
+    """
+    muon = config.optimizer == "muon"
+    embed_lr = config.embed_lr or (config.lr / 2 if muon else config.lr)
+    head_lr = config.head_lr or (config.lr / 4 if muon else config.lr)
+    rates = {"hidden": config.lr, "embedding": embed_lr, "head": head_lr, "vector": head_lr}
+    groups: dict[str, list[nn.Parameter]] = {role: [] for role in rates}
+    for name, role in roles(model).items():
+        if role not in groups:
+            raise ValueError(f"{name} has the role {role!r}; a module's role is one of {', '.join(rates)}")
+        groups[role].append(model.get_parameter(name))
+    hidden = groups.pop("hidden") if muon else []
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [
+                dict(params=p, peak_lr=rates[role], lr=rates[role],
+                     weight_decay=0.0 if role == "vector" else config.weight_decay)
+                for role, p in groups.items() if p
+            ],
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+    ]  # fmt: skip
+    if hidden:
+        parts = {id(m.weight): m.parts for m in model.modules() if isinstance(m, Linear)}
+        optimizers.append(Muon(hidden, config.lr, config.momentum, config.weight_decay, parts, dtype))
+    mine = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(mine) == sorted(id(p) for p in model.parameters() if p.requires_grad), "each parameter has one group"
+    return optimizers
+
+
+def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+    """Drives the singular values of each matrix of G (n, rows, cols) towards 1, keeping its singular vectors.
+
+    Newton-Schulz iteration X <- aX + (bA + cA²)X, A = XXᵀ; its coefficients trade exactness for speed, so
+    singular values end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon"). bfloat16 is precise enough.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.to(dtype)
+    tall = X.size(-2) > X.size(-1)
+    if tall:  # the smaller side makes the cheaper A
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the iteration needs singular values of at most 1
+    for _ in range(steps):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cA²
+        X = torch.baddbmm(X, B, X, beta=a)  # aX + BX
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: the step of every hidden matrix has full rank (Jordan et al. 2024).
+
+    Matrices of equal shape are orthogonalised as one batch: with small matrices the time goes into calls.
+    """
+
+    def __init__(self, params, lr: float, momentum: float, weight_decay: float, parts: dict, dtype: torch.dtype):
+        super().__init__(params, dict(lr=lr, peak_lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.parts = parts  # {id of a weight: the rows of each matrix in it}, such as those of Q, K and V
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
+            grads = [p.grad for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov: look one step ahead
+            # Cut fused matrices into their parts, each of which is orthogonalised alone, and group them by shape.
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for p, update in zip(params, updates, strict=True):
+                rows = self.parts.get(id(p), [p.size(0)])
+                for target, part in zip(p.split(rows), update.split(rows), strict=True):
+                    shapes.setdefault(part.shape, []).append((target, part))
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for (rows, cols), pairs in shapes.items():
+                steps = orthogonalize(torch.stack([part for _, part in pairs]), self.dtype)  # (n, rows, cols)
+                scale = max(1.0, rows / cols) ** 0.5  # the same change of a unit input's norm for every shape
+                torch._foreach_add_([t for t, _ in pairs], list(steps.unbind()), alpha=-group["lr"] * scale)

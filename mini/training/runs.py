@@ -1,0 +1,256 @@
+"""Run folders. Whatever was trained or made smaller is a folder, and load_run() opens every kind.
+
+config.json        what the run is: kind, task, and every setting
+tokenizer.json     (and what it names) the tokenizer
+metrics.jsonl      one object for each logged step
+checkpoints/       step-00000250/ ...: weights, optimizer, state.json with their checksums
+best.safetensors   while training: the weights with the best validation figure, where the task keeps them
+model.safetensors  the final weights, and
+result.json        the final figures: both are there once the run is finished
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import nn
+
+from mini.errors import UserError
+from mini.flags import from_dict
+from mini.model import int8, sparse
+from mini.model.bert import Bert
+from mini.model.config import ModelConfig
+from mini.model.gpt import GPT
+from mini.model.published import published_kind
+from mini.model.transformer import Model
+from mini.storage import atomic_folder, load_tensors, load_weights, read_json, remove_folder, weights, write_json
+from mini.tasks import TASKS
+from mini.text.prepare import DataConfig
+from mini.text.tokenizer import Tokenizer, load_tokenizer
+from mini.training.checkpoints import LEARNING, newest_checkpoint
+from mini.training.loop import TrainConfig
+from mini.training.optim import OptimConfig
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+MODELS: dict[str, type[Model]] = {"gpt": GPT, "bert": Bert}
+FORMAT = 1
+MANY = 8  # differences between two runs: the others are only counted
+
+
+@dataclass
+class RunConfig:
+    """Everything that determines a run's result: the same config on the same machine gives the same weights."""
+
+    kind: str  # a key of MODELS
+    task: str  # a key of TASKS
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    task_options: object = None  # of the task's Config
+    init: str | None = None  # the run or published folder that the weights started from
+    labels: list[str] = field(default_factory=list)  # of a classifier
+    tokens: str = ""  # checksum of the training and validation tokens
+    prune: dict | None = None  # what compress.py has done to the weights of init, in its own words
+    reduce: dict | None = None
+    distill: dict | None = None
+    quant: dict | None = None  # in what form the matrices are
+
+    def save(self, folder: str | Path) -> None:
+        write_json(Path(folder) / "config.json", {"format": FORMAT, **dataclasses.asdict(self)})
+
+
+def read_config(folder: str | Path) -> RunConfig:
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: {'is a file, not a run folder' if Path(folder).exists() else 'no such run folder'}")
+    if not path.is_file():
+        raise UserError(f"{folder}: not a run folder (it has no config.json); name one, or a new folder for --out")
+    values = read_json(path)
+    if values.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: not written by this version of mini")
+    config = from_dict(RunConfig, values, path)
+    if config.kind not in MODELS or config.task not in (*TASKS, ""):
+        raise UserError(f"{path}: a run of kind {config.kind!r} and task {config.task!r}, which mini does not know")
+    if config.task_options is not None:
+        own = TASKS[config.task].Config if config.task else None
+        if own is None:
+            raise UserError(f"{path}: task_options, which {config.task!r} has not")
+        config.task_options = from_dict(own, config.task_options, f"{path}: task_options")
+    return config
+
+
+def is_published(folder: str | Path) -> bool:
+    """Whether a folder holds published weights: a config.json that is not one of ours."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and "format" not in read_json(path)
+
+
+# ---------------------------------------------------------------- opening
+def load_run(folder: str | Path, device: str | torch.device = "cpu", kind: str | None = None):
+    """(model in eval mode, tokenizer) of a run folder of any kind, or of a folder with published weights.
+
+    An unfinished run gives its newest checkpoint. kind: "gpt" or "bert" where nothing else will do.
+    Raises UserError if the folder is no run, is of another kind, or is damaged.
+    """
+    model, tokenizer = load_model(folder, kind), load_tokenizer(folder)
+    check_vocabulary(model.config, tokenizer, folder)
+    return model.to(device), tokenizer
+
+
+def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
+    """The model alone, on the CPU: published weights may come without a tokenizer."""
+    folder = Path(folder)
+    if is_published(folder):
+        model = MODELS[published_kind(folder)].from_published(folder)
+    else:
+        config = read_config(folder)
+        model, path = MODELS[config.kind](config.model), newest_weights(folder)
+        tensors = {name: t for name, t in load_tensors(path).items() if not name.startswith(LEARNING)}
+        tensors = sparse.unpack(model, tensors, path)
+        if config.quant:
+            int8.prepare(model, int8.ranges_of(tensors))
+            if path.parent == folder:  # a checkpoint holds what still learns
+                int8.convert(model)
+        load_weights(model, tensors, folder)
+    if kind and model.kind != kind:
+        raise UserError(f"{folder} holds a {model.kind.upper()}, but this needs a {kind.upper()}")
+    return model.eval()
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str | Path) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model knows {config.vocab_size:,}: "
+            f"they do not belong together"
+        )
+
+
+def newest_weights(folder: Path) -> Path:
+    if (folder / "model.safetensors").is_file():
+        return folder / "model.safetensors"
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        raise UserError(f"{folder}: the run has no weights yet (no model.safetensors and no whole checkpoint)")
+    return checkpoint / "model.safetensors"
+
+
+def copy_weights(model: nn.Module, source: nn.Module, where: str | Path, keep_classes: bool) -> None:
+    """Copies the weights of another run: its whole stack, and of its heads those that the model has too; with masks.
+
+    Other heads keep their fresh weights, and without keep_classes so does one for classes. A shorter max_len takes
+    the first of the learned positions.
+    """
+    if int8.is_int8(source):
+        int8.restore(source)
+    masks = {name: mask for name, mask in sparse.masks_of(source).items() if name in weights(model)}
+    if masks:
+        model.masks = sparse.Masks(masks)
+    found = weights(source)
+    for name, fresh in weights(model).items():
+        if name.startswith("classifier.") and not keep_classes:
+            found[name] = fresh
+        elif not name.startswith("stack."):
+            found.setdefault(name, fresh)
+        elif name == "stack.positions.weight" and name in found:
+            found[name] = found[name][: len(fresh)]
+    mine = weights(model)
+    load_weights(model, {n: t for n, t in found.items() if n in mine or n.startswith("stack.")}, where)
+
+
+def init_of(folder: str | Path) -> str | None:
+    """The run that a run was made from; None for published weights."""
+    return None if is_published(folder) else read_config(folder).init
+
+
+def read_labels(folder: str | Path) -> list[str]:
+    """The labels of a run's classification head; none where it has no such head."""
+    if is_published(folder):
+        names = read_json(Path(folder) / "config.json").get("id2label")
+        if not isinstance(names, dict) or not all(
+            i.isdigit() for i in names
+        ):  # there are none, or not as they should be
+            return []
+        return [str(names[i]) for i in sorted(names, key=int)]
+    return read_config(folder).labels
+
+
+# ---------------------------------------------------------------- beginning and going on
+def claim(
+    folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool = False, main: bool = True
+) -> IO | None:
+    """Makes the run's folder, or checks that the one there is the same run; all but the main process only check.
+
+    Returns the main process's lock, which holds as long as it stays open.
+    Raises UserError with the differences if the folder holds another run, or something else altogether.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; name another folder with --out")
+    for source in (config.init, config.distill and config.distill.get("init")):
+        if source and Path(source).resolve() == folder.resolve():
+            raise UserError(f"{folder}: --out is the run to start from, which stays; name another folder")
+    locked = lock(folder) if main else None
+    if overwrite and main and folder.exists() and any(folder.iterdir()):
+        read_config(folder)  # only a run is ever deleted
+        remove_folder(folder)
+    if folder.exists() and any(folder.iterdir()):
+        differences = compare(read_config(folder), config)
+        if differences:
+            if len(differences) > MANY:
+                differences = [*differences[:MANY], f"and {len(differences) - MANY} more"]
+            raise UserError(
+                f"{folder} holds another run: {'; '.join(differences)}. Give the same flags to go on, another --out, "
+                f"or --overwrite true"
+            )
+    elif folder.exists():  # perhaps a link or a mounted disk: filled, not replaced; config.json last
+        tokenizer.save(folder)
+        config.save(folder)
+    else:
+        with atomic_folder(folder) as temporary:
+            tokenizer.save(temporary)
+            config.save(temporary)
+    return locked
+
+
+def lock(folder: Path) -> IO | None:
+    """Keeps other processes from training in this folder for as long as the returned file stays open.
+
+    The lock lies beside the folder, so that it outlives --overwrite.
+    """
+    if fcntl is None:  # Windows
+        return None
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{folder}: another process is training here") from None
+    except OSError:  # some network file systems have no locks
+        file.close()
+        return None
+    return file
+
+
+def compare(old: RunConfig, new: RunConfig) -> list[str]:
+    """'lr was 0.02, now 0.01' for everything that differs and would change the result."""
+    free = {f"train.{f.name}" for f in dataclasses.fields(TrainConfig) if f.metadata.get("resume")}
+    before, now = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
+    names = sorted(name for name in before | now if before.get(name) != now.get(name) and name not in free)
+    short = {name: name.rpartition(".")[2] for name in names}
+    changes = [f"{short[name]} was {before.get(name)}, now {now.get(name)}" for name in names if name != "tokens"]
+    return changes + (["the training text is another"] if "tokens" in names else [])
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

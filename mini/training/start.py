@@ -1,0 +1,297 @@
+"""From a command line to a finished run: the steps that train_gpt.py, train_bert.py and compress.py share."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mini.errors import UserError, nearest
+from mini.flags import Checked, option, parse_flags, peek
+from mini.model import int8, sparse
+from mini.model.config import ModelConfig
+from mini.model.transformer import Model
+from mini.storage import weights
+from mini.tasks import TASKS
+from mini.tasks.base import Task
+from mini.text.prepare import DataConfig, init_tokenizer, prepare_tokens
+from mini.text.tokenizer import Tokenizer, make_tokenizer
+from mini.training import runs
+from mini.training.checkpoints import read_result
+from mini.training.devices import World
+from mini.training.loop import Method, Objective, TrainConfig, micro_batch_size, train
+from mini.training.optim import OptimConfig
+
+FINETUNE = dict(
+    optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,
+    epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
+)  # fmt: skip
+
+
+@dataclass
+class Job(Checked):
+    """What to do, from what, and where the result goes."""
+
+    task: str = option("", "what to learn: its flags are in the --help of that task")
+    init: str | None = option(None, "a run, or a folder with published weights, to start from")
+    out: str = option("", "the run folder; the same command goes on with an unfinished one")
+    overwrite: bool = option(False, "delete the run in --out and begin anew")
+
+
+@dataclass
+class Settings:
+    """What the command line said, and what it begins with."""
+
+    kind: str  # gpt or bert
+    job: Job
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    task_options: object  # of the task's Config, or None
+    given: set[str]  # names of the flags that were given
+    source: Model | None = None  # the model of --init
+    tokenizer: Tokenizer | None = None  # its tokenizer
+    labels: list[str] = dataclasses.field(default_factory=list)  # its classes
+    quant: dict | None = None  # the form of its matrices
+    compression: dict = dataclasses.field(default_factory=dict)  # what compress.py does: RunConfig's field -> settings
+
+    @property
+    def task(self) -> type[Task]:
+        return TASKS[self.job.task]
+
+
+def read_settings(
+    argv: list[str], description: str, kind: str, presets: dict[str, dict], finetune: dict | None = None
+) -> Settings:
+    """Reads the flags. finetune: what tasks that do not pretrain have instead of a preset's values."""
+    names = sorted((name for name, task in TASKS.items() if kind in task.kinds), key=lambda n: not TASKS[n].pretrains)
+    name = peek(argv, "task", names[0])
+    if name not in names:
+        raise UserError(f"--task {name}: choose one of {', '.join(names)}{nearest(name, names)}")
+    task, first = TASKS[name], next(iter(presets))
+    preset = peek(argv, "preset", first)
+    folder = f"out/{kind if preset == first else preset}"
+    defaults = dict(task=name, out=folder if name == names[0] else f"{folder}-{name}")
+    if not task.pretrains:
+        defaults = {**FINETUNE, **(finetune or {}), **defaults}
+    defaults |= other_optimizer(argv, presets.get(preset, {}) | defaults)
+    classes = [Job, ModelConfig, DataConfig, OptimConfig, TrainConfig, *filter(None, [task.Config])]
+    description = f"{description}\n\n--task is one of {', '.join(names)}; each has flags and defaults of its own."
+    objects, given = parse_flags(argv, classes, description, presets, **defaults)
+    settings = Settings(kind, *objects[:5], *(objects[5:] or [None]), given)
+    if task.pretrains and settings.data.train:
+        raise UserError(f"--train is a file to fine-tune on; --task {name} reads --data")
+    check_length(settings)
+    if not settings.train.trains:
+        raise UserError("--steps 0: must be at least 1")
+    if init := settings.job.init:
+        open_init(settings, init)
+    return settings
+
+
+def other_optimizer(argv: list[str], defaults: dict) -> dict:
+    """Where --optimizer names another than the defaults do: their learning rates mean nothing to it."""
+    mine = peek(argv, "optimizer", None)
+    same = mine in (None, defaults.get("optimizer", OptimConfig().optimizer))
+    return {} if same else dict(lr=None, embed_lr=0.0, head_lr=0.0)
+
+
+def check_length(settings: Settings) -> None:
+    """--steps or --epochs, whichever was given."""
+    if {"steps", "epochs"} <= settings.given:
+        raise UserError("--steps and --epochs: give one of them")
+    if "steps" in settings.given:
+        settings.train.epochs = 0.0
+
+
+def open_init(settings: Settings, init: str) -> None:
+    """A run to begin with brings its shape, its tokenizer and what else it has settled; flags change the rest."""
+    settings.source, settings.labels = runs.load_model(init, settings.kind), runs.read_labels(init)
+    spec = settings.data.tokenizer if "tokenizer" in settings.given else None
+    settings.tokenizer = init_tokenizer(init, spec, special_tokens(settings))
+    shape, given = settings.source.config, settings.given
+    if shape.positions == "learned" and "max_len" in given and settings.model.max_len > shape.max_len:
+        raise UserError(f"--max_len {settings.model.max_len}: {init} has learned positions for {shape.max_len} tokens")
+    settings.model = settled(settings.model, shape, given, init)
+    if not runs.is_published(init):
+        saved = runs.read_config(init)
+        settings.quant = saved.quant
+        if isinstance(saved.task_options, settings.task.Config or ()):
+            fixed = {f.name for f in dataclasses.fields(saved.task_options) if f.metadata.get("fixed")}
+            others = set(vars(saved.task_options)) - fixed  # of these the run's own values mean nothing
+            settings.task_options = settled(settings.task_options, saved.task_options, given | others, init)
+
+
+def settled(mine, theirs, given: set[str], init: str):
+    """Their settings with those of mine that were given. Raises UserError for one that a run fixes."""
+    values = {name: value for name, value in vars(mine).items() if name in given}
+    for f in dataclasses.fields(theirs):
+        if f.metadata.get("fixed") and f.name in values and values[f.name] != getattr(theirs, f.name):
+            raise UserError(f"--{f.name} {values[f.name]}: {init} has {getattr(theirs, f.name)}; leave it out")
+    return dataclasses.replace(theirs, **values)
+
+
+def special_tokens(settings: Settings) -> tuple[str, ...]:
+    """What the model and the task need beside text."""
+    return (*runs.MODELS[settings.kind].special_tokens, *settings.task.special_tokens)
+
+
+def open_run(source: str, tokenizer: str | None = None) -> Settings:
+    """A run as it is, or published weights: the model, and what it was trained with and is judged by.
+
+    tokenizer: which, for published weights that come without one.
+    """
+    model, published = runs.load_model(source), runs.is_published(source)
+    saved = published_config(model, source) if published else runs.read_config(source)
+    settings = Settings(
+        saved.kind, Job(saved.task, source), model.config, saved.data, saved.optim, saved.train, saved.task_options,
+        set(), model, labels=runs.read_labels(source), quant=saved.quant,
+    )  # fmt: skip
+    settings.tokenizer = init_tokenizer(source, tokenizer, special_tokens(settings))
+    runs.check_vocabulary(settings.model, settings.tokenizer, source)
+    return settings
+
+
+def published_config(model: Model, folder: str) -> runs.RunConfig:
+    """What published weights can be judged by, and trained for."""
+    name = next(name for name, task in TASKS.items() if model.kind in task.kinds and task.fits(model.config))
+    options = TASKS[name].published_options(model.config, folder)
+    optim = OptimConfig(**{k: FINETUNE[k] for k in ("optimizer", "lr", "weight_decay")})
+    return runs.RunConfig(model.kind, name, model.config, DataConfig(), optim, TrainConfig(), options)
+
+
+def make_world(options: TrainConfig) -> World:
+    """The processes and their device; refuses a batch that cannot be shared out, before any work is done."""
+    world = World(options.device)
+    micro_batch_size(options, world)
+    return world
+
+
+def open_task(settings: Settings, world: World) -> tuple[Task, Tokenizer]:
+    """Text -> tokens -> the examples of each step, with the losses and the figures they are for.
+
+    The tokenizer is that of --init, or without one that of --tokenizer; a BPE is trained on the texts to learn from.
+    """
+    task, data, model, training = settings.task, settings.data, settings.model, settings.train
+    tokenizer, special = settings.tokenizer, special_tokens(settings)
+    if task.pretrains:
+        folder, tokenizer = world.main_first(
+            lambda: prepare_tokens(data, model.vocab_size, tokenizer, settings.given, special)
+        )
+        train, valid = folder.train, folder.valid
+    else:
+        builtin = [name for name in task.files if not name.startswith(".")]
+        if builtin and not data.train and not data.valid:
+            data.train = data.valid = builtin[0]
+        if not data.train or not data.valid:
+            raise UserError(f"--task {settings.job.task} needs --train FILE and --valid FILE")
+        train, valid = data.train, data.valid
+        tokenizer = tokenizer or make_tokenizer(data.tokenizer, lambda: task.texts(train), model.vocab_size, special)
+    opened = task(train, valid, tokenizer, model.max_len, training.seed, training.batch_size, settings.task_options)
+    return opened, tokenizer
+
+
+def open_own_task(settings: Settings, world: World) -> tuple[Task, Tokenizer]:
+    """The task that the model of --init has learnt already: its classes have to be those of the data."""
+    task, tokenizer = open_task(settings, world)
+    n, init = settings.model.n_classes, settings.job.init
+    if len(task.labels) != n or (settings.labels and list(task.labels) != settings.labels):
+        knows = ", ".join(settings.labels) or f"{n} classes without names"
+        raise UserError(f"{settings.data.train} has the labels {', '.join(task.labels)}, but {init} knows {knows}")
+    return task, tokenizer
+
+
+def make_model(settings: Settings, task: Task, tokenizer: Tokenizer) -> Model:
+    """The model with the heads that the task needs, its weights fresh from the seed or those of --init."""
+    heads = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.metadata.get("head")} | task.heads()
+    if not settings.source:
+        heads["vocab_size"] = tokenizer.vocab_size
+    settings.model = dataclasses.replace(settings.model, **heads)
+    runs.check_vocabulary(settings.model, tokenizer, settings.job.init or settings.data.tokenizer)
+    torch.manual_seed(settings.train.seed)
+    model = runs.MODELS[settings.kind](settings.model)
+    if settings.quant:
+        int8.prepare(model, int8.ranges_of(weights(settings.source)))
+    if settings.source:
+        same = list(task.labels) == settings.labels
+        runs.copy_weights(model, settings.source, settings.job.init, keep_classes=same)
+    return model
+
+
+def learn(settings: Settings, world: World) -> None:
+    """The whole story of a training."""
+    task, tokenizer = open_task(settings, world)  # text -> tokens -> the examples of each step
+    model = make_model(settings, task, tokenizer)
+    train_run(settings, model, task, tokenizer, world)
+
+
+def train_run(
+    settings: Settings,
+    model: Model,
+    task: Task,
+    tokenizer: Tokenizer,
+    world: World,
+    objective: Objective | None = None,
+    methods: Iterable[Method] = (),
+    settled: int = 0,
+) -> None:
+    """Trains in the run's folder, new or going on, and says how it went. The rest is as train() takes it."""
+    s = settings
+    config = runs.RunConfig(
+        s.kind, s.job.task, s.model, s.data, s.optim, s.train, s.task_options, s.job.init, list(task.labels),
+        task.checksum, **({"quant": s.quant} | s.compression),
+    )  # fmt: skip
+    out = Path(s.job.out)
+    locked = world.main_first(lambda: runs.claim(out, config, tokenizer, s.job.overwrite, world.main))
+    result = read_result(out)
+    if result:
+        world.say(f"{out} is finished already: --overwrite true trains it anew, another --out trains another")
+    else:
+        world.say(prologue(model, task, world))
+        if sparse.masks_of(model) and not methods:
+            methods = [sparse.HoldMasks(model)]
+        result = train(model, task, s.train, s.optim, out, world, objective, methods, settled)
+
+    if world.main:
+        print("\n" + epilogue(task, result))
+        model, _ = runs.load_run(out, world.device)
+        if sample := task.sample(model):
+            print("\nA sample:\n" + "\n".join("    " + line for line in sample.splitlines()))
+        if task.command:
+            example = " ".join(shlex.quote(word) for word in task.example())
+            print(f"\nThe run is in {out}. Next: python -m mini {task.command} {out} {example}")
+        print(json.dumps(result))
+    if locked:
+        locked.close()
+    world.wait()
+
+
+def prologue(model: Model, task: Task, world: World) -> str:
+    c = model.config
+    shape = (
+        f"{type(model).__name__} with {model.num_params():,} parameters: {c.n_layers} layers, d_model {c.d_model}, "
+        f"max_len {c.max_len}, vocabulary {c.vocab_size:,}"
+    )
+    processes = f"{world.size} process{'es' * (world.size > 1)} on {world.device}"
+    notes = [f"note: {note}" for note in task.notes]
+    return "\n".join([*notes, shape, f"{task.n:,} training examples; {processes}"])
+
+
+def epilogue(task: Task, result: dict) -> str:
+    lines = [*task.summary(result)]
+    if "best_step" in result:
+        lines.append(f"These are the figures, and the weights, of step {result['best_step']:,}: the best {task.best}")
+    if "sparsity" in result:
+        lines.append(f"{result['sparsity']:.2%} of the weights in pruned matrices are zero")
+    lines.append(f"{result['parameters']:,} parameters in {result['bytes']:,} bytes")
+    if result["steps"]:
+        share = f", {result['mfu']:.0%} of this device's {result['dtype']} matmul speed" if "mfu" in result else ""
+        lines.append(
+            f"{result['steps']:,} steps, {result['tokens']:,} tokens, {result['seconds']:.0f} s "
+            f"({result['tokens_per_s']:,.0f} tokens/s while training{share})"
+        )
+    return "\n".join(lines)
