@@ -26,34 +26,32 @@ QAT_LR = 0.1  # of the run's own: int8 does little harm, which high learning rat
 def prune_run(argv: list[str]) -> None:
     """Take weights, heads or neurons out of a run, and train what stays for --steps."""
     s, options = read_compression(argv, "prune", prune_run.__doc__, PruneConfig)
-    model, units = s.source, options.pattern if options.pattern in shrink.UNITS else None
+    model, cubic = s.source, options.schedule == "cubic"
     refuse_int8(s, "prune first, then quantize")
-    if units:
-        shrink.check_units(model, units, options)
-    if ":" in options.pattern and "sparsity" in s.given:
+    if options.units:
+        shrink.check_units(model, options)
+    if options.n_of_m and "sparsity" in s.given:
         raise UserError(f"--pattern {options.pattern} says how many weights go: leave --sparsity out")
-    if options.schedule == "cubic" and not s.train.trains:
+    if cubic and not s.train.trains:
         raise UserError("--schedule cubic prunes while the model trains: say how long with --steps")
-    first = sparse.sparsity(model)
-    s.compression = {"prune": dataclasses.asdict(options := dataclasses.replace(options, first=first))}
-    if not units and options.sparsity < first - 1e-4:  # matrices round, each for itself
+    first = options.first = sparse.sparsity(model)
+    s.compression = {"prune": dataclasses.asdict(options)}
+    if not options.units and options.sparsity < first - 1e-4:  # matrices round, each for itself
         raise UserError(f"--sparsity {options.sparsity}: {s.job.init} has {first:.4g} already")
     world = make_world(s.train)
     task, tokenizer = open_own_task(s, world)
     model.to(world.device)
-    batches = calibration(task, options.calibrate) if options.method in ("wanda", "gradient") else []
-    if units:
-        gates = shrink.choose_units(model, units, options, s.train.seed, task, batches)
-        model = shrink.without_units(model, units, world.agree([gate.cpu() for gate in gates]))
+    examples = calibration(task, options.calibrate) if options.method in ("wanda", "gradient") else None
+    if options.units:
+        gates = shrink.choose_units(model, options, s.train.seed, examples)
+        model = shrink.without_units(model, options.pattern, world.agree([gate.cpu() for gate in gates]))
         return run_compressed(s, model, task, tokenizer, world)
-    share = first if options.schedule == "cubic" else options.sparsity
-    prune.prune(model, options, share, s.train.seed, task, batches)
+    prune.prune(model, options, first if cubic else options.sparsity, s.train.seed, examples)
     masks = world.agree({name: mask.cpu() for name, mask in sparse.masks_of(model).items()})
     sparse.set_masks(model, {name: mask.to(world.device) for name, mask in masks.items()})
-    if options.schedule == "oneshot":
-        return run_compressed(s, model, task, tokenizer, world)
-    steps, method = total_steps(s.train, task), CubicPruning(model, options, s.train.seed)
-    run_compressed(s, model, task, tokenizer, world, [method], settled=prune.ramp_end(steps))
+    methods = [CubicPruning(model, options, s.train.seed)] if cubic else []
+    settled = prune.ramp_end(total_steps(s.train, task)) if cubic else 0
+    run_compressed(s, model, task, tokenizer, world, methods, settled)
 
 
 def quantize_run(argv: list[str]) -> None:
@@ -68,7 +66,7 @@ def quantize_run(argv: list[str]) -> None:
     task, tokenizer = open_own_task(s, world)
     model, ranges = s.source.to(world.device), {}
     if options.scheme != "dynamic":
-        ranges = world.agree(calibrate(model, options.observer, task, calibration(task, options.calibrate)))
+        ranges = world.agree(calibrate(model, options.observer, calibration(task, options.calibrate)))
     world.say(f"Served as int8: {int8.backend(world.device.type)}")
     run_compressed(s, int8.prepare(model, ranges), task, tokenizer, world)
 
@@ -82,7 +80,7 @@ def reduce_run(argv: list[str]) -> None:
     task, tokenizer = open_own_task(s, world)
     if keep is None:
         s.source.to(world.device)
-        values = world.agree(shrink.influence(s.source, task, calibration(task, options.calibrate)))
+        values = world.agree(shrink.influence(s.source, calibration(task, options.calibrate)))
         world.say("Block influence: " + ", ".join(f"{i}: {value:.4f}" for i, value in enumerate(values)))
         order = sorted(range(len(values)), key=lambda i: -values[i])
         keep = sorted(order[: options.layers])
@@ -92,9 +90,7 @@ def reduce_run(argv: list[str]) -> None:
 
 def distill_run(argv: list[str]) -> None:
     """Teach a smaller model what a run computes."""
-    world = None
-    if wants_teacher(argv):
-        argv, world = with_teacher(argv)
+    argv, world = with_teacher(argv)
     s, options = read_compression(argv, "distill", distill_run.__doc__, DistillConfig, training={}, lr_share=1.0)
     teach.check(s, options)
     world = world or make_world(s.train)
@@ -105,32 +101,33 @@ def distill_run(argv: list[str]) -> None:
     world.leave()
 
 
-def wants_teacher(argv: list[str]) -> bool:
-    """Whether `distill RUN ...` names a pretrained run and the files to fine-tune its teacher on."""
-    if not argv or argv[0].startswith("-") or peek(argv, "recipe", None) != "tinybert" or not peek(argv, "train", None):
-        return False
-    return open_run(argv[0], peek(argv, "tokenizer", None)).task.pretrains
+def with_teacher(argv: list[str]) -> tuple[list[str], World | None]:
+    """Where --recipe tinybert gets a pretrained RUN and files to fine-tune it on: makes its teacher, OUT-teacher.
 
-
-def with_teacher(argv: list[str]) -> tuple[list[str], World]:
-    """Fine-tunes the pretrained RUN in OUT-teacher, which then is the RUN of the command line that this returns."""
-    source, train = argv[0], peek(argv, "train", None)
+    Returns the command line whose RUN is that teacher, and the processes that made it; any other as it is, and None.
+    """
+    train = peek(argv, "train", None)
+    if not train or argv[0].startswith("-") or peek(argv, "recipe", None) != "tinybert":
+        return argv, None
+    source = argv[0]
     s = open_run(source, peek(argv, "tokenizer", None))
+    if not s.task.pretrains:
+        return argv, None
     kinds = [name for name, task in TASKS.items() if s.kind in task.kinds and train.endswith(task.files)]
     if not kinds:
         raise UserError(f"--train {train}: no file that a {s.kind.upper()} can be fine-tuned on")
     s.job.task = kinds[0]
     classes = [CompressOptions, DistillConfig, DataConfig, OptimConfig, TrainConfig, *filter(None, [s.task.Config])]
-    (options, recipe, *parts), s.given = parse_flags(argv, classes, distill_run.__doc__)
+    (options, recipe, *training), s.given = parse_flags(argv, classes, distill_run.__doc__)
     if not options.out:
         raise UserError("name the run folder to make with --out")
     if recipe.general:
         raise UserError(f"--general: {source} is pretrained and has that part; leave it out")
     teach.check(s, recipe)
     flags = dict(task=s.job.task, init=source, out=f"{options.out}-teacher", overwrite=options.overwrite)
-    flags |= {name: value for part in parts for name, value in dataclasses.asdict(part).items() if name in s.given}
-    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    settings = {"gpt": train_gpt, "bert": train_bert}[s.kind].read(words)
+    flags |= {name: value for part in training for name, value in vars(part).items() if name in s.given}
+    read = {"gpt": train_gpt, "bert": train_bert}[s.kind].read
+    settings = read([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     world = make_world(settings.train)
     world.say(f"TinyBERT, step 2 of 4 comes first: the teacher is fine-tuned, {settings.job.out}")
     learn(settings, world)
@@ -143,17 +140,11 @@ def report_runs(argv: list[str]) -> None:
     report.compare(options)
 
 
-COMMANDS = {
-    "prune": (prune_run, prune_run.__doc__),
-    "quantize": (quantize_run, quantize_run.__doc__),
-    "reduce": (reduce_run, reduce_run.__doc__),
-    "distill": (distill_run, distill_run.__doc__),
-    "report": (report_runs, report_runs.__doc__),
-}
+COMMANDS = dict(prune=prune_run, quantize=quantize_run, reduce=reduce_run, distill=distill_run, report=report_runs)
 
 
 def main(argv: list[str]) -> None:
-    dispatch(argv, COMMANDS, "python compress.py")
+    dispatch(argv, {name: (run, run.__doc__) for name, run in COMMANDS.items()}, "python compress.py")
 
 
 if __name__ == "__main__":

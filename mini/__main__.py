@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mini import bench as benchmarks
@@ -16,6 +18,7 @@ from mini.compression import rewrite as rewriting
 from mini.errors import UserError
 from mini.flags import Checked, dispatch, option, parse_flags, peek, run_command
 from mini.model.config import ModelConfig
+from mini.model.transformer import Model
 from mini.presets import BERT
 from mini.storage import atomic_file, write_text
 from mini.tasks import squad
@@ -25,30 +28,37 @@ from mini.tasks.masked import show_token
 from mini.tasks.squad import QAConfig
 from mini.text.prepare import DataConfig, write_token_folder
 from mini.text.rows import read_rows
+from mini.text.tokenizer import Tokenizer
 from mini.text.tokens import is_token_folder
 from mini.text.words import NORMALIZATIONS, normalize, parse_steps
 from mini.training.checkpoints import read_result
-from mini.training.devices import can_compile, pick_device
+from mini.training.devices import can_compile, pick_device, progress_bar
 from mini.training.runs import is_published, load_run, read_config, read_labels
+
+TABLES = (".tsv", ".csv", ".jsonl")
 
 
 @dataclass
-class SampleOptions(Checked):
+class RunOptions(Checked):
+    """Which run, and where it is computed."""
+
+    run: str = option("", "a run folder, or one with published weights", positional="1")
+    device: str = option("auto", "auto, cpu, cuda, mps")
+
+
+@dataclass
+class SampleOptions(RunOptions):
     """Continue a prompt with a GPT; several prompts are continued together."""
 
-    run: str = option("", "a GPT's run folder, or one with published weights", positional="1")
     prompts: list[str] = option([], "text to go on from", positional="+")
     max_new_tokens: int = option(200, "tokens to add at most", low=1)
-    temperature: float = option(
-        0.8, "0: always the likeliest token; 1: as the model says; more: wilder", low=0, high=1e6
-    )
+    temperature: float = option(0.8, "0: always the likeliest; 1: as the model says; more: wilder", low=0, high=1e6)
     top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", low=0)
     top_p: float = option(0.95, "draw from the fewest tokens with this much probability together", low=1e-6, high=1)
     stop: str | None = option(None, "a token's text that ends the answer, beside <|endoftext|>")
     seed: int = option(0, "of the draw", low=0, high=2**63 - 1)
     use_cache: bool = option(True, "keep keys and values of earlier tokens; the text is the same without, later")
     compile: bool = option(False, "compile the step of one token: pays from some thousand tokens on")
-    device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("float32", "of weights and cache", ("float32", "bfloat16"))
 
 
@@ -67,7 +77,9 @@ def sample(argv: list[str]) -> None:
         if len(ids) != 1:
             raise UserError(f"--stop {options.stop!r} is {len(ids)} tokens of this tokenizer, and must be one")
         stop += ids
-    choices = dict(
+    stream = model.stream(
+        pad(rows, 0).to(device),
+        options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k or None,
         top_p=options.top_p if options.top_p < 1 else None,
@@ -77,7 +89,6 @@ def sample(argv: list[str]) -> None:
         generator=torch.Generator(device).manual_seed(options.seed),
         lengths=torch.tensor([len(row) for row in rows], device=device),
     )
-    stream = model.stream(pad(rows, 0).to(device), options.max_new_tokens, **choices)
     if len(rows) == 1:  # to the terminal as it comes
         print(options.prompts[0], end="", flush=True)
         new = (int(token) for token in stream)
@@ -93,14 +104,12 @@ def sample(argv: list[str]) -> None:
 
 
 @dataclass
-class ClassifyOptions(Checked):
+class ClassifyOptions(RunOptions):
     """Tell the label of texts with a run of --task classify."""
 
-    run: str = option("", "a run folder", positional="1")
     texts: list[str] = option([], "texts, or one .tsv, .csv or .jsonl file with a text column", positional="+")
     out: str = option("", "write the table (label, probability, text; separated by tabs) here, instead of showing it")
     batch_size: int = option(32, "texts at a time", low=1)
-    device: str = option("auto", "auto, cpu, cuda, mps")
 
 
 def classify(argv: list[str]) -> None:
@@ -118,16 +127,12 @@ def classify(argv: list[str]) -> None:
         labels = [f"LABEL_{i}" for i in range(model.config.n_classes)]
     steps = parse_steps("normalize", task_options(options.run, ClassifyConfig).normalize, NORMALIZATIONS)
     rows = read_texts(options.texts)
-    lines, lengths = ["label\tprobability\ttext"], []
-    for chunk in progress(rows, options.batch_size):
-        texts = [[tokenizer.encode(normalize(text, steps)) for text in row] for row in chunk]
-        lengths += [sum(map(len, row)) for row in texts]
-        inputs = pad_texts([text_ids(tokenizer, model.config.max_len, *t) for t in texts], tokenizer)
-        with torch.inference_mode():
-            probabilities = model.classify(**to_device(inputs, model)).softmax(dim=-1).cpu()
-        for row, p in zip(chunk, probabilities, strict=True):
-            lines.append(f"{labels[int(p.argmax())]}\t{float(p.max()):.4f}\t{' '.join(' '.join(row).split())}")
-    warn(cut_note(options.run, lengths, len(rows[0]), model.config.max_len))
+    texts = [[tokenizer.encode(normalize(text, steps)) for text in row] for row in rows]
+    logits = for_all(texts, options.run, model.classify, model, tokenizer, options.batch_size)  # (texts, classes)
+    best = logits.softmax(dim=-1).max(dim=-1)
+    lines = ["label\tprobability\ttext"]
+    for row, p, i in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
+        lines.append(f"{labels[i]}\t{p:.4f}\t{' '.join(' '.join(row).split())}")
     if options.out:
         write_text(Path(options.out), "\n".join(lines) + "\n")
         print(f"{len(rows):,} labels are in {options.out}")
@@ -137,9 +142,8 @@ def classify(argv: list[str]) -> None:
 
 def read_texts(given: list[str]) -> list[list[str]]:
     """The texts of the command line, or of the rows of a file that it names: each alone, or a pair."""
-    if len(given) == 1 and Path(given[0]).suffix in (".tsv", ".csv", ".jsonl"):
-        rows = read_rows(given[0], ["text"], ("text_b",))
-        return [[row[name] for name in ("text", "text_b") if name in row] for _, row in rows]
+    if len(given) == 1 and Path(given[0]).suffix in TABLES:
+        return [list(row.values()) for _, row in read_rows(given[0], ["text"], ("text_b",))]
     for text in given:
         if not text.strip():
             raise UserError("a text is empty: there is nothing to tell")
@@ -159,17 +163,26 @@ def warn(notes: list[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def progress(rows: list, batch_size: int) -> Iterator[list]:
-    """The rows, batch_size at a time, with a bar if it takes long."""
-    with tqdm(total=len(rows), leave=False, delay=2, unit="text", dynamic_ncols=True) as bar:
-        for start in range(0, len(rows), batch_size):
-            yield rows[start : start + batch_size]
+@torch.inference_mode()
+def for_all(texts: list, where: str, compute: Callable, model: Model, tokenizer: Tokenizer, batch_size: int) -> Tensor:
+    """(texts, ..): compute(tokens, segments, lengths) of all encoded texts or pairs; a note tells what max_len cuts."""
+    max_len, device = model.config.max_len, next(model.parameters()).device
+    warn(cut_note(where, [sum(map(len, row)) for row in texts], len(texts[0]), max_len))
+    encoded = [text_ids(tokenizer, max_len, *row) for row in texts]
+    order = sorted(range(len(texts)), key=lambda i: len(encoded[i][0]))  # alike lengths: less padding
+    outputs = []
+    for chunk in progress(order, batch_size):
+        inputs = pad_texts([encoded[i] for i in chunk], tokenizer)
+        outputs.append(compute(**{name: tensor.to(device) for name, tensor in inputs.items()}).float().cpu())
+    return torch.cat(outputs)[np.argsort(order)]
+
+
+def progress(items: list, batch_size: int) -> Iterator[list]:
+    """The items, batch_size at a time, with a bar if it takes long."""
+    with progress_bar(total=len(items), leave=False, delay=2, unit="text") as bar:
+        for i in range(0, len(items), batch_size):
+            yield items[i : i + batch_size]
             bar.update(batch_size)
-
-
-def to_device(inputs: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def task_options(run: str, kind: type):
@@ -179,54 +192,53 @@ def task_options(run: str, kind: type):
 
 
 @dataclass
-class FillOptions(Checked):
+class FillOptions(RunOptions):
     """Fill the masks of a text with a BERT: for each the likeliest tokens, and their probabilities."""
 
-    run: str = option("", "a BERT's run folder, or one with published weights", positional="1")
     texts: list[str] = option([], 'texts with "[MASK]" in them', positional="+")
     top: int = option(5, "tokens to show for each mask", low=1)
-    device: str = option("auto", "auto, cpu, cuda, mps")
 
 
+@torch.inference_mode()
 def fill(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [FillOptions], FillOptions.__doc__)
-    model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
+    device = pick_device(options.device)
+    model, tokenizer = load_run(options.run, device, kind="bert")
     if model.mlm is None:
         raise UserError(f"{options.run} has no head for masked tokens; fine-tuned runs drop it: use the run before")
     for text in options.texts:
         whole = masked_ids(tokenizer, text)
         warn(cut_note(repr(text[:40]), [len(whole)], 1, model.config.max_len))
         ids, _ = text_ids(tokenizer, model.config.max_len, whole)
-        positions = [i for i, token in enumerate(ids) if token == tokenizer.mask]
-        if len(positions) < max(1, text.count("[MASK]")):
+        masks = [i for i, token in enumerate(ids) if token == tokenizer.mask]
+        if len(masks) < max(1, text.count("[MASK]")):
             missing = "is cut off by max_len" if "[MASK]" in text else "is missing"
             raise UserError(f"{text[:60]!r}: [MASK] {missing}; it marks what is to be filled in")
-        inputs = dict(tokens=torch.tensor([ids]), lengths=torch.tensor([len(ids)]), positions=torch.tensor([positions]))
-        with torch.inference_mode():
-            mlm, _ = model.predict(**to_device(inputs, model))
-        values, tokens = mlm[0].softmax(dim=-1).topk(min(options.top, mlm.size(-1)))  # (M, top)
+        inputs = dict(tokens=[ids], lengths=[len(ids)], positions=[masks])
+        mlm, _ = model.predict(**{name: torch.tensor(value, device=device) for name, value in inputs.items()})
+        probabilities, tokens = mlm[0].softmax(dim=-1).topk(min(options.top, mlm.size(-1)))  # (M, top)
         print(text)
-        for row in range(len(positions)):
-            if len(positions) > 1:
-                print(f"mask {row + 1}:")
-            for p, token in zip(values[row].tolist(), tokens[row].tolist(), strict=True):
+        for i, likeliest in enumerate(zip(probabilities.tolist(), tokens.tolist(), strict=True), 1):
+            if len(masks) > 1:
+                print(f"mask {i}:")
+            for p, token in zip(*likeliest, strict=True):
                 print(f"  {p:.4f}  {show_token(tokenizer, token)}")
 
 
 @dataclass
-class AnswerOptions(Checked):
+class AnswerOptions(RunOptions):
     """Answer a question from a text with a run of --task qa: the answer stands in the text."""
 
-    run: str = option("", "a run folder", positional="1")
     question: str = option("", "what is asked")
     context: str = option("", "the text that holds the answer")
     show: int = option(1, "answers to show, the best first", low=1)
-    device: str = option("auto", "auto, cpu, cuda, mps")
 
 
+@torch.inference_mode()
 def answer(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [AnswerOptions], AnswerOptions.__doc__)
-    model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
+    device = pick_device(options.device)
+    model, tokenizer = load_run(options.run, device, kind="bert")
     if model.spans is None:
         raise UserError(
             f"{options.run} answers no questions: make a run of it that does with "
@@ -238,21 +250,19 @@ def answer(argv: list[str]) -> None:
     warn(notes)
     spans = []
     for chunk in progress(windows, 32):
-        inputs = to_device(squad.collate(chunk, tokenizer, list(range(len(chunk)))).inputs, model)
-        with torch.inference_mode():
-            logits = model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"])
-            spans.append(
-                squad.best_spans(*logits.unbind(1), inputs["context"], settings.n_best, settings.max_answer).cpu()
-            )
+        inputs = squad.collate(chunk, tokenizer, list(range(len(chunk)))).to(device).inputs
+        logits = model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"])
+        found = squad.best_spans(*logits.unbind(1), inputs["context"], settings.n_best, settings.max_answer)
+        spans.append(found.cpu())
     ((null, answers),) = squad.collect(windows, torch.cat(spans))
     threshold = (read_result(Path(options.run)) or {}).get("null_threshold")
     scores = [found.score for found in answers] + ([null] if threshold is not None else [])
     shares = torch.tensor(scores).softmax(dim=0).tolist()  # among the candidates, as in Devlin's run_squad.py
     if not answers or (threshold is not None and null - answers[0].score > threshold):
-        best = (
-            f"the best span has {answers[0].score:.2f}, the threshold is {threshold:.2f}" if answers else "no span fits"
-        )
-        print(f"(no answer in this text)\n    score {null:.2f}; {best}")
+        why = "no span fits"
+        if answers:
+            why = f"the best span has {answers[0].score:.2f}, the threshold is {threshold:.2f}"
+        print(f"(no answer in this text)\n    score {null:.2f}; {why}")
         return
     for found, share in list(zip(answers, shares, strict=False))[: options.show]:
         place = f"characters {found.start}-{found.end}"
@@ -260,13 +270,11 @@ def answer(argv: list[str]) -> None:
 
 
 @dataclass
-class RewriteOptions(Checked):
+class RewriteOptions(RunOptions):
     """Write labelled texts anew: copies of each with words that a pretrained BERT finds likely in their places."""
 
-    run: str = option("", "a BERT's run of --task mlm, or published weights with that head", positional="1")
     file: str = option("", ".tsv, .csv or .jsonl with text, [text_b] and label", positional="1")
     out: str = option("", "the file to write, of the same kind: the texts, each followed by its copies")
-    device: str = option("auto", "auto, cpu, cuda, mps")
 
 
 def rewrite(argv: list[str]) -> None:
@@ -287,15 +295,13 @@ def rewrite(argv: list[str]) -> None:
 
 
 @dataclass
-class EmbedOptions(Checked):
+class EmbedOptions(RunOptions):
     """Turn texts into vectors with a BERT: the mean of the last hidden states over a text's real tokens."""
 
-    run: str = option("", "a BERT's run folder, or one with published weights", positional="1")
     file: str = option("", ".tsv, .csv or .jsonl with a text column, or a text per line", positional="1")
     out: str = option("", "the .npy file to write, float32 (texts, d_model); default: the file's name + .npy")
     pooling: str = option("mean", "mean over the tokens, or the first token's state", ("mean", "cls"))
     batch_size: int = option(32, "texts at a time", low=1)
-    device: str = option("auto", "auto, cpu, cuda, mps")
 
 
 def embed(argv: list[str]) -> None:
@@ -303,23 +309,16 @@ def embed(argv: list[str]) -> None:
     out = Path(options.out or f"{options.file}.npy")
     check_out(out, [options.file])
     model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
-    rows = read_lines(options.file)
-    texts = [[tokenizer.encode(text) for text in row] for row in rows]
-    warn(cut_note(options.file, [sum(map(len, row)) for row in texts], len(rows[0]), model.config.max_len))
-    encoded = [text_ids(tokenizer, model.config.max_len, *row) for row in texts]
-    order = sorted(range(len(rows)), key=lambda i: len(encoded[i][0]))  # alike lengths: less padding
-    vectors = np.empty((len(rows), model.config.d_model), dtype=np.float32)
-    for chunk in progress(order, options.batch_size):
-        inputs = to_device(pad_texts([encoded[i] for i in chunk], tokenizer), model)
-        with torch.inference_mode():
-            vectors[chunk] = model.embed(**inputs, pooling=options.pooling).float().cpu().numpy()
+    texts = [[tokenizer.encode(text) for text in row] for row in read_lines(options.file)]
+    compute = partial(model.embed, pooling=options.pooling)
+    vectors = for_all(texts, options.file, compute, model, tokenizer, options.batch_size)
     with atomic_file(out) as temporary, open(temporary, "wb") as file:
-        np.save(file, vectors)
-    print(f"{len(rows):,} vectors of {model.config.d_model} numbers are in {out}")
+        np.save(file, vectors.numpy())
+    print(f"{len(vectors):,} vectors of {model.config.d_model} numbers are in {out}")
 
 
 def read_lines(path: str) -> list[list[str]]:
-    if Path(path).suffix in (".tsv", ".csv", ".jsonl"):
+    if Path(path).suffix in TABLES:
         return read_texts([path])
     try:
         lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -341,9 +340,8 @@ class TokensOptions(Checked):
 
 
 def tokens(argv: list[str]) -> None:
-    (options, data), _ = parse_flags(
-        argv, [TokensOptions, DataConfig], TokensOptions.__doc__, without={"data", "train"}
-    )
+    classes, without = [TokensOptions, DataConfig], {"data", "train"}
+    (options, data), _ = parse_flags(argv, classes, TokensOptions.__doc__, without=without)
     if not options.out:
         raise UserError("name the folder to make with --out DIR")
     if is_token_folder(options.out):
@@ -363,10 +361,9 @@ def tokens(argv: list[str]) -> None:
 def bench(argv: list[str]) -> None:
     mlm = peek(argv, "what", "all") == "mlm"
     defaults = dict(BERT, batch_size=16, max_len=128, steps=40) if mlm else {}
+    defaults["vocab_size"] = 8192
     classes = [benchmarks.BenchOptions, ModelConfig]
-    (options, config), _ = parse_flags(
-        argv, classes, benchmarks.BenchOptions.__doc__, **{**defaults, "vocab_size": 8192}
-    )
+    (options, config), _ = parse_flags(argv, classes, benchmarks.BenchOptions.__doc__, **defaults)
     benchmarks.bench(options, config)
 
 

@@ -6,12 +6,14 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mini.compression.distill import RECIPES, Distillation, DistillConfig, make_student
+from mini.compression.measure import call_times
 from mini.errors import UserError
 from mini.flags import Checked, option
 from mini.model.config import ModelConfig
@@ -20,16 +22,16 @@ from mini.model.transformer import Model
 from mini.tasks import TASKS
 from mini.tasks.base import Task
 from mini.tasks.masked import MLMConfig
-from mini.text.corpus import open_corpus
+from mini.text.corpus import DataConfig, open_corpus
 from mini.text.prepare import BPE_BYTES
 from mini.text.tokenizer import ByteTokenizer, train_bpe
 from mini.text.tokens import TokenFile, write_tokens
 from mini.training.checkpoints import read_metrics
 from mini.training.devices import World, can_compile, device_name, pick_dtype
-from mini.training.loop import Objective, TrainConfig, train
+from mini.training.loop import TrainConfig, train
 from mini.training.optim import OptimConfig
 from mini.training.runs import MODELS
-from mini.training.speed import matmul_speed, synchronize
+from mini.training.speed import matmul_speed
 
 PROMPT = 8  # tokens that a generation goes on from
 
@@ -63,28 +65,24 @@ class BenchOptions(Checked):
 def bench(options: BenchOptions, config: ModelConfig) -> None:
     """Prints a line for each figure, then all of them as one JSON object."""
     if options.what in ("all", "generate") and config.max_len < options.new_tokens + PROMPT:
-        raise UserError(
-            f"--new_tokens {options.new_tokens} and a prompt of {PROMPT} do not fit --max_len {config.max_len}"
-        )
+        new = f"--new_tokens {options.new_tokens} and a prompt of {PROMPT}"
+        raise UserError(f"{new} do not fit --max_len {config.max_len}")
     world = World(options.device)
     dtype = pick_dtype(options.dtype, world.device)
-    name = device_name(world.device)
-    speed = matmul_speed(world.device, dtype)
     figures = {
-        "device": f"{world.device} ({name}, {torch.get_num_threads()} threads)",
+        "device": f"{world.device} ({device_name(world.device)}, {torch.get_num_threads()} threads)",
         "torch": torch.__version__,
         "dtype": str(dtype).removeprefix("torch."),
-        "matmul_gflops": round(speed / 1e9),
+        "matmul_gflops": round(matmul_speed(world.device, dtype) / 1e9),
     }
     world.say(", ".join(f"{key} {value}" for key, value in figures.items()))
     if options.what in ("all", "train", "mlm"):
         figures["train_tokens_per_s"] = training_speed(options, *random_task(options, config), world)
         world.say(f"training: {figures['train_tokens_per_s']:,.0f} tokens/s")
     if options.what in ("all", "generate"):
-        for batch in (int(b) for b in options.batches.split(",")):
-            figures[f"generate_tokens_per_s_batch_{batch}"] = rate = generation_speed(
-                options, config, batch, dtype, world
-            )
+        for batch in map(int, options.batches.split(",")):
+            rate = generation_speed(options, config, batch, dtype, world)
+            figures[f"generate_tokens_per_s_batch_{batch}"] = rate
             world.say(f"generation, batch {batch}: {rate:,.0f} tokens/s")
     if options.what == "distill":
         figures |= distillation_cost(options, config, dtype, world)
@@ -110,9 +108,7 @@ def random_task(options: BenchOptions, config: ModelConfig) -> tuple[Task, Model
     return task, MODELS[kind](replace(config, **task.heads()))
 
 
-def training_speed(
-    options: BenchOptions, task: Task, model: Model, world: World, objective: Objective | None = None
-) -> float:
+def training_speed(options: BenchOptions, task: Task, model: Model, world: World, objective: object = None) -> float:
     """Median tokens/s of the loop's own log lines after the warm-up."""
     training = TrainConfig(
         steps=options.steps, batch_size=options.batch_size, device=options.device, dtype=options.dtype,
@@ -132,16 +128,15 @@ def distillation_cost(options: BenchOptions, config: ModelConfig, dtype: torch.d
     """
     task, teacher = random_task(options, config)
     teacher.to(world.device).eval()
-    forward = []
-    for i in range(options.steps):
-        batch = task.batch(np.arange(options.batch_size) + i * options.batch_size).to(world.device)
-        synchronize(world.device)
-        start = time.perf_counter()
-        with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            teacher.answers(batch.inputs)
-        synchronize(world.device)
-        forward.append(time.perf_counter() - start)
-    figures = {"teacher_ms": 1000 * statistics.median(forward)}
+    numbers = np.arange(options.steps * options.batch_size).reshape(options.steps, -1)
+    batches = iter([task.batch(row).to(world.device) for row in numbers])
+
+    @torch.no_grad()
+    def forward() -> None:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            teacher.answers(next(batches).inputs)
+
+    figures = {"teacher_ms": 1000 * statistics.median(call_times(forward, options.steps, world.device))}
     for name, recipe in {"plain": DistillConfig(alpha=0.0), **{name: DistillConfig(name) for name in RECIPES}}.items():
         student = make_student(teacher, recipe)
         speed = training_speed(options, task, student, world, Distillation(task, student, teacher, recipe))
@@ -157,19 +152,14 @@ def generation_speed(options: BenchOptions, config: ModelConfig, batch: int, dty
     model = GPT(config).to(world.device, dtype).eval()
     prompt = torch.randint(config.vocab_size, (batch, PROMPT), device=world.device)
     compiled = options.compile != "false" and can_compile(world.device, world.say)
-    times = []
-    for _ in range(1 + options.repeats):
-        synchronize(world.device)
-        start = time.perf_counter()
-        model.generate(prompt, options.new_tokens, compile=compiled)
-        synchronize(world.device)
-        times.append(time.perf_counter() - start)
-    return batch * options.new_tokens / statistics.median(times[1:])
+    generate = partial(model.generate, prompt, options.new_tokens, compile=compiled)
+    times = call_times(generate, 1 + options.repeats, world.device)[1:]  # the first warms up
+    return batch * options.new_tokens / statistics.median(times)
 
 
 def tokenization(options: BenchOptions, config: ModelConfig) -> dict:
     """BPE training and encoding of --data, nothing cached, and the most memory this process ever held."""
-    train_split, valid_split = open_corpus(options.data)
+    train_split, valid_split = open_corpus(DataConfig(options.data))
     start = time.perf_counter()
     tokenizer = train_bpe(train_split.texts(limit=BPE_BYTES), config.vocab_size)
     trained = time.perf_counter()

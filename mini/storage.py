@@ -10,12 +10,10 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mini.errors import UserError
@@ -58,28 +56,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """The same for a whole folder: what stands at `path` is complete at any time, the old one, the new one or none."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    temporary.chmod(0o755)  # mkdtemp's 0700 would keep others from reading the finished folder
-    try:
+    place = dict(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as name:
+        temporary = Path(name)
+        temporary.chmod(0o755)  # its 0700 would keep others from reading the finished folder
         yield temporary
         for file in [*temporary.iterdir(), temporary]:
             fsync(file)
         remove_folder(path)
         os.replace(temporary, path)
         fsync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
     """Deletes a folder if it is there: first its name at once, then its content, so that it is never half there."""
     if path.exists():
         path = path.resolve()
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as aside:
             os.replace(path, aside)
-        finally:
-            shutil.rmtree(aside)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -125,11 +119,9 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
     # Widest types first keeps every tensor aligned to its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     for name in order:
-        tensor = tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
+        tensor, end = tensors[name], offset + tensors[name].nbytes
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
@@ -158,34 +150,24 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise refuse(f"its header should be {length:,} bytes long, but the file has {size:,}")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = []
-            for name, entry in header.items():
-                (begin, end), shape = entry["data_offsets"], list(entry["shape"])
-                if any(type(n) is not int or n < 0 for n in [begin, end, *shape]):
-                    raise ValueError(f"tensor {name!r} has a size that is no number")
-                entries.append((begin, end, name, DTYPES[entry["dtype"]], shape))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise refuse(f"its header cannot be read ({type(error).__name__}: {error})") from None
-
-    total = size - 8 - length
-    data = (
-        torch.from_numpy(np.memmap(path, np.uint8, "c", 8 + length, total))
-        if total
-        else torch.empty(0, dtype=torch.uint8)
-    )
-    tensors, expected = {}, 0
-    for begin, end, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
-        if begin != expected or end - begin != math.prod(shape) * dtype.itemsize:
-            raise refuse(f"tensor {name!r} {shape} does not fit its place {begin}..{end}")
-        if end > total:
-            raise refuse(f"tensor {name!r} ends at byte {end:,} of {total:,}")
-        raw = data[begin:end]
-        aligned = begin % dtype.itemsize == 0 and (8 + length) % 8 == 0
-        tensors[name] = (raw if aligned else raw.clone()).view(dtype).reshape(shape)
-        expected = end
+        text = file.read(length)
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    tensors, expected, total = {}, 0, len(data)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (begin, end), shape, dtype = entry["data_offsets"], list(entry["shape"]), DTYPES[entry["dtype"]]
+            if any(type(n) is not int or n < 0 for n in [begin, end, *shape]):
+                raise ValueError(f"tensor {name!r} has a size that is no number")
+            if begin != expected or end > total or end - begin != math.prod(shape) * dtype.itemsize:
+                raise refuse(f"tensor {name!r} {shape} does not fit its place {begin}..{end} of {total} bytes")
+            aligned = begin % dtype.itemsize == 0 and (8 + length) % 8 == 0
+            raw = data[begin:end] if aligned else data[begin:end].clone()
+            tensors[name] = raw.view(dtype).reshape(shape)
+            expected = end
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise refuse(f"its header cannot be read ({type(error).__name__}: {error})") from None
     if expected != total:
         raise refuse(f"{total - expected:,} bytes belong to no tensor")
     return tensors
@@ -200,18 +182,12 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
-    """Copies named tensors into a model whose names and shapes they must match exactly.
-
-    Raises UserError listing what is missing, what is extra and what has another shape.
-    """
+    """Copies named tensors into a model. Raises UserError listing what is missing, extra or has another shape."""
     wanted = weights(model)
-    problems = [f"missing {name} {list(wanted[name].shape)}" for name in wanted if name not in tensors]
-    problems += [f"extra {name} {list(tensors[name].shape)}" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
-        for name in wanted
-        if name in tensors and tensors[name].shape != wanted[name].shape
-    ]
+    have, want = ({name: list(tensor.shape) for name, tensor in named.items()} for named in (tensors, wanted))
+    problems = [f"missing {n} {shape}" for n, shape in want.items() if n not in have]
+    problems += [f"extra {n} {shape}" for n, shape in have.items() if n not in want]
+    problems += [f"{n} is {have[n]}, not {shape}" for n, shape in want.items() if have.get(n, shape) != shape]
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise UserError(f"{where}: the weights do not fit the model: {shown}")

@@ -96,6 +96,25 @@ def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "MINI_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+def signalled(step: int, number: int, argv: list, cache: Path) -> subprocess.CompletedProcess:
+    """Runs a script that sends itself a signal right after it has logged a step."""
+    code = f"""if True:
+        import os, runpy, sys
+        from mini.training import checkpoints
+        append = checkpoints.append_metrics
+        def append_and_signal(folder, row):
+            append(folder, row)
+            if row["step"] == {step}:
+                os.kill(os.getpid(), {int(number)})
+        checkpoints.append_metrics = append_and_signal
+        sys.path.insert(0, {str(ROOT)!r})
+        sys.argv = {[str(ROOT / argv[0]), *map(str, argv[1:])]!r}
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    """
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.run([sys.executable, "-c", code], env=environment(cache), **options)
+
+
 def lm_loss(model, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The summed loss of language modelling."""
     inputs = {"tokens": tokens, "targets": targets}

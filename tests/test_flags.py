@@ -1,11 +1,13 @@
 import dataclasses
+from dataclasses import dataclass, field
 
 import pytest
 
 from mini.errors import UserError
-from mini.flags import field_names, parse_flags
+from mini.flags import field_names, from_dict, parse_flags
 from mini.model.config import ModelConfig
 from mini.presets import BERT_PRESETS, GPT_PRESETS
+from mini.tasks.masked import MLMConfig
 from mini.text.prepare import DataConfig
 from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
@@ -77,3 +79,47 @@ def test_presets_set_fields_that_exist(presets):
         assert not unknown, name
         (_, model, *_), _ = parse("--preset", name, presets=presets)
         assert model.causal == (presets is GPT_PRESETS)
+
+
+# ---------------------------------------------------------------- typed JSON
+@dataclass
+class Inner:
+    n: int
+
+
+@dataclass
+class Outer:
+    inner: Inner
+    rate: float = 0.5
+    sizes: int | list[int] = 3
+    name: str | None = None
+    table: dict[str, int] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ([], r"a.json: should be an object {...}, not \[\]"),
+        ({}, "a.json: no 'inner'"),
+        ({"inner": {"n": 1}, "rat": 1}, "a.json: unknown rat"),
+        ({"inner": {"n": 1.0}}, "a.json: inner: n should be a whole number, not 1.0"),
+        ({"inner": {"n": True}}, "inner: n should be a whole number, not True"),
+        ({"inner": {"n": 1}, "rate": "1"}, "rate should be a number, not '1'"),
+        ({"inner": {"n": 1}, "sizes": [1, "2"]}, r"sizes\[1\] should be a whole number"),
+        ({"inner": {"n": 1}, "sizes": "3"}, "sizes should be a whole number or a list"),
+        ({"inner": {"n": 1}, "name": 3}, "name should be a text or null"),
+        ({"inner": {"n": 1}, "table": {"a": None}}, "table.a should be a whole number"),
+        ({"inner": None}, "inner should be an object, not None"),
+    ],
+)
+def test_json_of_a_wrong_type_is_refused_by_its_place(values, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(Outer, values, "a.json")
+
+
+def test_json_of_the_right_type_is_taken():
+    found = from_dict(Outer, {"inner": {"n": 1}, "rate": 1, "sizes": [1, 2], "table": {"a": 1}}, "a.json")
+    assert found == Outer(Inner(1), 1, [1, 2], None, {"a": 1})
+    assert from_dict(Inner, {"n": 1, "other": []}, "x", ignore_unknown=True) == Inner(1)
+    with pytest.raises(UserError, match=r"x: --mask_rate 2"):
+        from_dict(MLMConfig, {"mask_rate": 2}, "x")

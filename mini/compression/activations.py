@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mini.model.transformer import Model, View
 from mini.tasks.base import Batch, Task
@@ -35,26 +34,17 @@ class Activations:
 def recording(model: Model) -> Iterator[Activations]:
     """While active, a forward pass leaves there what it computes on the way."""
     seen, stack = Activations(), model.stack
-    blocks = list(stack.blocks)
 
-    def begin(module: nn.Module, arguments: tuple, named: dict) -> None:
-        real = named.get("real")
-        seen.real = torch.ones_like(arguments[0], dtype=torch.bool) if real is None else real
-        seen.hidden, seen.attention = [], []
+    def enter(block: nn.Module, arguments: tuple) -> None:
+        seen.hidden.append(arguments[0])
 
-    def end(module: nn.Module, arguments: tuple, output: Tensor) -> None:
-        seen.final = output
-
-    def leave(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+    def leave(block: nn.Module, arguments: tuple, output: Tensor) -> None:
         seen.hidden.append(output)
 
-    handles = [
-        stack.register_forward_pre_hook(begin, with_kwargs=True),
-        blocks[0].register_forward_pre_hook(lambda module, arguments: seen.hidden.append(arguments[0])),
-        *(block.register_forward_hook(leave) for block in blocks),
-        stack.register_forward_hook(end),
-    ]
-    originals = [block.attention.attend for block in blocks]
+    def end(stack: nn.Module, arguments: tuple, named: dict, output: Tensor) -> None:
+        real = named.get("real")
+        seen.real = torch.ones_like(arguments[0], dtype=torch.bool) if real is None else real
+        seen.final = output
 
     def noting(attend: Callable) -> Callable:
         def call(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
@@ -64,15 +54,14 @@ def recording(model: Model) -> Iterator[Activations]:
 
         return call
 
-    for block in blocks:
-        block.attention.attend = noting(block.attention.attend)
-    try:
+    with contextlib.ExitStack() as hooks:  # removed together, whatever happens
+        hooks.enter_context(stack.blocks[0].register_forward_pre_hook(enter))
+        hooks.enter_context(stack.register_forward_hook(end, with_kwargs=True))
+        for block in stack.blocks:
+            hooks.enter_context(block.register_forward_hook(leave))
+            hooks.callback(setattr, block.attention, "attend", block.attention.attend)
+            block.attention.attend = noting(block.attention.attend)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-        for block, attend in zip(blocks, originals, strict=True):
-            block.attention.attend = attend
 
 
 @contextlib.contextmanager
@@ -93,23 +82,28 @@ def seeing(model: Model, modules: dict[str, nn.Module], see: Callable[[str, Tens
     def note(name: str) -> Callable:
         return lambda module, arguments, output: see(name, tokens(arguments[0].detach()), tokens(output.detach()))
 
-    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
-    handles.append(model.stack.register_forward_pre_hook(begin, with_kwargs=True))
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(model.stack.register_forward_pre_hook(begin, with_kwargs=True))
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(note(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def on_examples(batches: list[Batch]) -> tqdm:
-    """The batches, with a progress bar."""
-    return progress_bar(batches, desc="looking at examples", unit="batch", delay=2, leave=False)
+@dataclass
+class Examples:
+    """Training examples that a model is looked at with, and the task that they belong to."""
 
+    task: Task
+    batches: list[Batch]
 
-@torch.no_grad()
-def run_all(task: Task, model: Model, batches: list[Batch]) -> None:
-    """A forward pass of the task for each batch, in eval mode."""
-    model.eval()
-    for batch in on_examples(batches):
-        task.loss(model, batch.to(next(model.parameters()).device).inputs)
+    def inputs(self, model: Model) -> Iterator[dict[str, Tensor]]:
+        """Of each batch, where the model is, with a progress bar; the model is in eval mode."""
+        model.eval()
+        for batch in progress_bar(self.batches, desc="looking at examples", unit="batch", delay=2, leave=False):
+            yield batch.to(next(model.parameters()).device).inputs
+
+    @torch.no_grad()
+    def run(self, model: Model) -> None:
+        """A forward pass of the task for each batch."""
+        for inputs in self.inputs(model):
+            self.task.loss(model, inputs)

@@ -64,7 +64,7 @@ class DistillConfig(Checked):
     recipe: str = option("hinton", "losses and weights of these papers", tuple(RECIPES))
     student: str = option(
         "distilbert",
-        "half of its teacher's layers; tinybert4: a third, 0.41 times as wide; minilm6: half of both",
+        "half the teacher's layers; tinybert4: a third, 0.41 as wide; minilm6: half of both",
         tuple(STUDENTS),
     )
     n_layers: int = option(0, "of the student; 0: as its size has", low=0)
@@ -113,6 +113,11 @@ class DistillConfig(Checked):
         if self.alpha is not None:
             chosen |= dict(soft=self.alpha, hard=1 - self.alpha)
         return dict.fromkeys(names, 0.0) | RECIPES[self.recipe] | chosen
+
+    @property
+    def between_layers(self) -> bool:
+        """Whether a loss that compares layers has a weight."""
+        return any(self.weights()[name] for name in ("hidden", "attention", "relations"))
 
 
 # ---------------------------------------------------------------- losses
@@ -177,35 +182,30 @@ def layer_map(spec: str, n_student: int, n_teacher: int) -> list[tuple[int, int]
     if spec in ("uniform", "first", "last"):
         if n_student > n_teacher:
             raise UserError(f"--layer_map {spec}: the student has {n_student} layers, its teacher {n_teacher}")
-        theirs = {
-            "uniform": [round((m + 1) * n_teacher / n_student) - 1 for m in range(n_student)],
-            "first": list(range(n_student)),
-            "last": list(range(n_teacher - n_student, n_teacher)),
-        }
-        return list(enumerate(theirs[spec]))
+        if spec == "uniform":
+            return [(m, round((m + 1) * n_teacher / n_student) - 1) for m in range(n_student)]
+        return list(enumerate(chosen_layers("layer_map", spec, n_student, n_teacher)))
     pairs = []
-    for part in spec.split(","):
+    for pair in spec.split(","):
         try:
-            theirs, mine = map(int, part.split(":"))
+            t, m = map(int, pair.split(":"))
         except ValueError:
-            raise UserError(
-                f"--layer_map {spec}: choose uniform, last or first, or give teacher:student, such as 0:0,2:1"
-            ) from None
-        for whose, layer, n in (("teacher", theirs, n_teacher), ("student", mine, n_student)):
+            ways = "choose uniform, last or first, or give teacher:student, such as 0:0,2:1"
+            raise UserError(f"--layer_map {spec}: {ways}") from None
+        for whose, layer, n in (("teacher", t, n_teacher), ("student", m, n_student)):
             if not 0 <= layer < n:
                 raise UserError(f"--layer_map {spec}: the {whose} has layers 0 to {n - 1}, and no {layer}")
-        if (mine, theirs) in pairs:
-            raise UserError(f"--layer_map {spec}: {part} is there twice")
-        pairs.append((mine, theirs))
+        if (m, t) in pairs:
+            raise UserError(f"--layer_map {spec}: {pair} is there twice")
+        pairs.append((m, t))
     return pairs
 
 
 def matched_layers(student: ModelConfig, teacher: ModelConfig, options: DistillConfig) -> list[tuple[int, int]]:
     """The pairs of --layer_map, by the student's layers, if a loss needs them; refuses heads that it forbids."""
-    weights = options.weights()
-    if not any(weights[name] for name in ("hidden", "attention", "relations")):
+    if not options.between_layers:
         return []
-    pairs = sorted(layer_map(options.layer_map, student.n_layers, teacher.n_layers))
+    weights, pairs = options.weights(), sorted(layer_map(options.layer_map, student.n_layers, teacher.n_layers))
     mine, theirs = student.layers("n_heads"), teacher.layers("n_heads")
     for m, t in pairs:
         if weights["attention"] and mine[m] != theirs[t]:
@@ -223,38 +223,36 @@ def matched_layers(student: ModelConfig, teacher: ModelConfig, options: DistillC
 
 def student_config(teacher: ModelConfig, options: DistillConfig) -> ModelConfig:
     """The student's shape: a named one, relative to the teacher's, or as the flags say."""
-    depth, width = STUDENTS[options.student]
-    step = 2 * (options.n_heads or max(teacher.layers("n_heads")))  # each head gets an even width, as RoPE needs
-    n_layers = options.n_layers or max(1, round(depth * teacher.n_layers))
-    d_model = options.d_model or max(step, round(width * teacher.d_model / step) * step)
-    changes = dict(n_layers=n_layers, d_model=d_model)
     uneven = isinstance(teacher.n_heads, list) or isinstance(teacher.d_ff, list)
     if uneven and not (options.n_heads and options.d_ff):
         raise UserError("the teacher's layers differ in size: give the student's with --n_heads and --d_ff")
-    changes["n_heads"] = options.n_heads or teacher.n_heads
-    changes["d_ff"] = options.d_ff or round(teacher.d_ff * d_model / teacher.d_model)  # 0 stays: it follows d_model
-    if (d_model, changes["n_heads"]) != (teacher.d_model, teacher.n_heads):
-        changes |= dict(d_head=0, n_kv_heads=0)
-    return dataclasses.replace(teacher, **changes)
+    depth, width = STUDENTS[options.student]
+    n_layers = options.n_layers or max(1, round(depth * teacher.n_layers))
+    n_heads = options.n_heads or teacher.n_heads
+    step = 2 * n_heads  # each head gets an even width, as RoPE needs
+    d_model = options.d_model or max(step, round(width * teacher.d_model / step) * step)
+    d_ff = options.d_ff or round(teacher.d_ff * d_model / teacher.d_model)  # 0 stays: it follows d_model
+    alike = (d_model, n_heads) == (teacher.d_model, teacher.n_heads)
+    heads = {} if alike else dict(d_head=0, n_kv_heads=0)
+    return dataclasses.replace(teacher, n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_ff=d_ff, **heads)
 
 
 def first_layers(teacher: ModelConfig, options: DistillConfig) -> list[int] | None:
     """The teacher's layers that a student begins with, their masks included; None where it begins at random."""
-    config, n = student_config(teacher, options), teacher.n_layers
-    alike = config.n_layers <= n and dataclasses.replace(config, n_layers=n) == teacher
+    student, n = student_config(teacher, options), teacher.n_layers
+    alike = student.n_layers <= n and dataclasses.replace(student, n_layers=n) == teacher
     if options.start == "random" or (options.start == "auto" and not alike):
         return None
     if not alike:
         raise UserError(f"--start {options.start}: only a student of its teacher's width can begin with its layers")
-    start = "uniform" if options.start == "auto" else options.start
-    keep = chosen_layers("start", start, config.n_layers, n)
-    if len(keep) != config.n_layers:
-        raise UserError(f"--start {start} names {len(keep)} layers, the student has {config.n_layers}: give --n_layers")
+    spec = "uniform" if options.start == "auto" else options.start
+    keep = chosen_layers("start", spec, student.n_layers, n)
+    if len(keep) != student.n_layers:
+        raise UserError(f"--start {spec} names {len(keep)} layers, the student has {student.n_layers}: give --n_layers")
     return keep
 
 
-def make_student(teacher: nn.Module, options: DistillConfig) -> nn.Module:
-    """A student of this teacher."""
+def make_student(teacher: Model, options: DistillConfig) -> Model:
     keep = first_layers(teacher.config, options)
     return type(teacher)(student_config(teacher.config, options)) if keep is None else without_layers(teacher, keep)
 

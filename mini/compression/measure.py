@@ -6,6 +6,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from mini.flags import Checked, option, parse_flags, run_command
 from mini.model import int8, sparse
-from mini.model.transformer import KVCache
+from mini.model.transformer import KVCache, Model
 from mini.storage import digest_tensors, save_tensors
 from mini.training.devices import World, can_compile, keep_memory
 from mini.training.loop import evaluate
@@ -74,15 +75,13 @@ def measure(options: MeasureOptions) -> dict:
     return figures
 
 
-def size(model: nn.Module, options: MeasureOptions, device: torch.device) -> dict:
+def size(model: Model, options: MeasureOptions, device: torch.device) -> dict:
     """Bytes on disk, parameters, those that are not zero; and whether the speed comes from what is stored."""
-    masks = sparse.masks_of(model)
+    masks, quantized, n = sparse.masks_of(model), int8.is_int8(model), model.num_params()
     zeros = sum(int((~mask).sum()) for mask in masks.values())
-    n = model.num_params()
     path = Path(options.run) / "model.safetensors"
-    quantized = int8.is_int8(model)
     as_stored = path.is_file() and (options.form == "saved" or quantized)
-    stored = path.stat().st_size if as_stored else {"bf16": 2}.get(options.form, 4) * n
+    stored = path.stat().st_size if as_stored else n * (2 if options.form == "bf16" else 4)
     if options.form == "torch-int8":  # a byte for each weight of a linear layer; what is also an embedding stays, too
         shared = model.stack.tokens.weight
         for layer in int8.matrices(model).values():
@@ -94,7 +93,7 @@ def size(model: nn.Module, options: MeasureOptions, device: torch.device) -> dic
     return {"bytes": stored, "parameters": n, "nonzeros": n - zeros, "speed": speed, "int8": quantized}
 
 
-def torch_int8(model: nn.Module) -> nn.Module:
+def torch_int8(model: Model) -> Model:
     """torch's own dynamic quantization of the linear layers: one scale for each matrix, embeddings left alone."""
     from torch.ao.quantization import quantize_dynamic
 
@@ -106,7 +105,7 @@ def torch_int8(model: nn.Module) -> nn.Module:
 
 
 # ---------------------------------------------------------------- speed
-def speed(model: nn.Module, repeats: int, compiled: bool, device: torch.device) -> dict:
+def speed(model: Model, repeats: int, compiled: bool, device: torch.device) -> dict:
     """p50 latencies in ms: of (1, T) and (8, T) tokens, T = 128 or max_len, and of a GPT's next token.
 
     spread: the largest ratio of the slowest tenth to the fastest of one of these; near 1 on an idle machine.
@@ -118,19 +117,19 @@ def speed(model: nn.Module, repeats: int, compiled: bool, device: torch.device) 
         spreads.append(spread)
     inductor = int8.INDUCTOR if int8.is_int8(model) else None
     answer = torch.compile(model.answer, dynamic=False, options=inductor) if compiled else model.answer
+    asked = [T - 1] if model.kind == "gpt" else range(0, T, 7)  # the next token; one in seven is masked
     for batch in (1, 8):
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(model.config.vocab_size, (batch, T), generator=generator).to(device)
-        inputs = {"tokens": tokens, "lengths": torch.full((batch,), T, device=device)}
-        asked = [T - 1] if model.kind == "gpt" else range(0, T, 7)  # the next token; one in seven is masked
-        inputs["positions"] = torch.tensor(asked, device=device).expand(batch, -1)  # (B, M)
+        positions = torch.tensor(asked, device=device).expand(batch, -1)  # (B, M)
+        inputs = {"tokens": tokens, "lengths": torch.full((batch,), T, device=device), "positions": positions}
         ms, spread = latency(lambda inputs=inputs: answer(inputs), repeats, device)
         figures[f"ms_{batch}_{T}"] = ms
         spreads.append(spread)
     return figures | {"tokens_per_s": 8 * T / ms * 1000, "spread": max(spreads)}
 
 
-def single_step(model: nn.Module, device: torch.device, compiled: bool):
+def single_step(model: Model, device: torch.device, compiled: bool) -> Callable:
     """A generation's step: one token after CONTEXT others, whose keys and values are kept."""
     length = min(CONTEXT, model.config.max_len)
     cache = KVCache(model.config, 1, length, device, model.stack.norm.weight.dtype)
@@ -139,17 +138,23 @@ def single_step(model: nn.Module, device: torch.device, compiled: bool):
     return lambda: step(new, positions, cache)
 
 
-def latency(run, repeats: int, device: torch.device) -> tuple[float, float]:
+def latency(call: Callable, repeats: int, device: torch.device) -> tuple[float, float]:
     """(median time of a call in ms, after a few that warm up; how many times the slowest tenth is the fastest)."""
+    times = call_times(call, repeats + 3, device)[3:]
+    fast, *_, slow = statistics.quantiles(times, n=10) if repeats > 1 else times * 2
+    return 1000 * statistics.median(times), slow / fast
+
+
+def call_times(call: Callable, n: int, device: torch.device) -> list[float]:
+    """The seconds that each of n calls takes."""
     times = []
-    for _ in range(repeats + 3):
+    for _ in range(n):
         synchronize(device)
-        start = time.perf_counter()
-        run()
+        begun = time.perf_counter()
+        call()
         synchronize(device)
-        times.append(time.perf_counter() - start)
-    low, *_, high = statistics.quantiles(times[3:], n=10) if repeats > 1 else times[3:] * 2
-    return 1000 * statistics.median(times[3:]), high / low
+        times.append(time.perf_counter() - begun)
+    return times
 
 
 def memory(device: torch.device) -> float:

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mini.compression.activations import run_all, seeing
+from mini.compression.activations import Examples, seeing
 from mini.errors import UserError
 from mini.flags import Checked, option
 from mini.model.sparse import HoldMasks, masks_of, prunable, set_masks, sparsity
-from mini.model.transformer import Linear
-from mini.tasks.base import Task
+from mini.model.transformer import Linear, Model
 
 RAMP = 2 / 3  # the share of the steps in which a cubic schedule prunes; in the rest the model recovers
 
@@ -31,9 +30,7 @@ class PruneConfig(Checked):
 
     sparsity: float = option(0.5, "share of the weights, heads or neurons that goes", low=0)
     method: str = option(
-        "magnitude",
-        "how their importance is measured; gradient: of heads and neurons",
-        ("magnitude", "random", "wanda", "gradient"),
+        "magnitude", "how they are judged; gradient: heads, neurons", ("magnitude", "random", "wanda", "gradient")
     )
     scope: str = option("layer", "compared within a layer, or all with each other", ("layer", "global"))
     pattern: str = option("unstructured", "single weights; N:M, of M inputs N stay, such as 2:4; heads; neurons")
@@ -45,30 +42,38 @@ class PruneConfig(Checked):
         super().__post_init__()
         if self.sparsity >= 1:
             raise UserError(f"--sparsity {self.sparsity}: must be below 1, something has to stay")
-        groups = re.fullmatch(r"(\d+):(\d+)", self.pattern)
-        if not groups and self.pattern not in ("unstructured", "heads", "neurons"):
+        if not self.units and not self.n_of_m and self.pattern != "unstructured":
             raise UserError(f"--pattern {self.pattern}: choose one of unstructured, heads, neurons, or N:M such as 2:4")
-        if groups:
-            n, m = int(groups[1]), int(groups[2])
+        if self.n_of_m:
+            n, m = self.n_of_m
             if not 0 < n < m:
                 raise UserError(f"--pattern {self.pattern}: N of M weights stay, with 0 < N < M")
             self.sparsity = 1 - n / m
-        units = self.pattern in ("heads", "neurons")
-        if units and (self.method == "wanda" or self.schedule == "cubic"):
-            wrong = "--method wanda" if self.method == "wanda" else "--schedule cubic"
-            raise UserError(f"{wrong}: for single weights; heads and neurons are taken out at once")
-        if not units and self.method == "gradient":
+        cubic = "--schedule cubic" if self.schedule == "cubic" else ""
+        single = "--method wanda" if self.method == "wanda" else cubic
+        wide = "--scope global" if self.scope == "global" else cubic
+        if self.units and single:
+            raise UserError(f"{single}: for single weights; heads and neurons are taken out at once")
+        if not self.units and self.method == "gradient":
             raise UserError("--method gradient: for --pattern heads or neurons")
-        if self.method == "wanda" and (self.scope == "global" or self.schedule == "cubic"):
-            wrong = "--scope global" if self.scope == "global" else "--schedule cubic"
-            raise UserError(f"--method wanda with {wrong}: it compares the inputs of one output, once")
-        if groups and (self.scope == "global" or self.schedule == "cubic"):
-            wrong = "--scope global" if self.scope == "global" else "--schedule cubic"
-            raise UserError(f"--pattern {self.pattern} with {wrong}: it compares the weights of a group, once")
+        if self.method == "wanda" and wide:
+            raise UserError(f"--method wanda with {wide}: it compares the inputs of one output, once")
+        if self.n_of_m and wide:
+            raise UserError(f"--pattern {self.pattern} with {wide}: it compares the weights of a group, once")
+
+    @property
+    def units(self) -> bool:
+        """Whether heads or neurons go, rather than single weights."""
+        return self.pattern in ("heads", "neurons")
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        found = re.fullmatch(r"(\d+):(\d+)", self.pattern)
+        return (int(found[1]), int(found[2])) if found else None
 
 
 # ---------------------------------------------------------------- which weights go
-def scores(model: nn.Module, method: str, seed: int, task: Task | None = None, batches: list = ()) -> dict[str, Tensor]:
+def scores(model: Model, method: str, seed: int, examples: Examples | None = None) -> dict[str, Tensor]:
     """The importance of every prunable weight, in matrices of their shapes. Masked weights get -1: they go first.
 
     Wanda's norms are those of the model as it is; the paper measures each block behind blocks that are pruned already.
@@ -80,14 +85,14 @@ def scores(model: nn.Module, method: str, seed: int, task: Task | None = None, b
     else:
         found = {name: layer.weight.detach().abs().float() for name, layer in layers.items()}
     if method == "wanda":  # |W_ij| · ‖X_j‖₂ over the tokens of the batches; an embedding has no inputs to measure
-        for name, norms in input_norms(model, task, batches).items():
+        for name, norms in input_norms(model, examples).items():
             found[name] = found[name] * norms
     for name, mask in masks_of(model).items():
         found[name] = found[name].masked_fill(~mask, -1)
     return found
 
 
-def input_norms(model: nn.Module, task: Task, batches: list) -> dict[str, Tensor]:
+def input_norms(model: Model, examples: Examples) -> dict[str, Tensor]:
     """‖X_j‖₂ of each input j of every linear layer, over all real tokens: {name of the weight: (in,)}."""
     squares: dict[str, Tensor] = {}
 
@@ -96,7 +101,7 @@ def input_norms(model: nn.Module, task: Task, batches: list) -> dict[str, Tensor
 
     layers = {name: layer for name, layer in prunable(model).items() if isinstance(layer, Linear)}
     with seeing(model, layers, add):
-        run_all(task, model, batches)
+        examples.run(model)
     return {name: total.sqrt() for name, total in squares.items()}
 
 
@@ -112,35 +117,34 @@ def make_masks(scored: dict[str, Tensor], share: float, options: PruneConfig) ->
         return {name: part.view_as(score) for (name, score), part in zip(scored.items(), kept, strict=True)}
     masks = {}
     for name, score in scored.items():
-        if ":" in options.pattern:
-            n, m = map(int, options.pattern.split(":"))
+        if options.n_of_m:
+            n, m = options.n_of_m
             if score.size(1) % m:
                 raise UserError(f"--pattern {options.pattern}: {name} has {score.size(1)} inputs, no multiple of {m}")
-            groups = score.reshape(-1, m)  # (rows * in / M, M)
-            masks[name] = keep_highest(groups, [m - n] * len(groups)).view_as(score)
-            continue
-        rows = score if options.method == "wanda" else score.reshape(1, -1)
-        ends = [round(share * rows.size(1) * (i + 1)) for i in range(len(rows))]  # of one matrix share · n go, exactly
-        masks[name] = keep_highest(rows, np.diff([0, *ends])).view_as(score)
+            rows = score.reshape(-1, m)  # (rows * in / M, M)
+            gone = [m - n] * len(rows)
+        else:
+            rows = score if options.method == "wanda" else score.reshape(1, -1)
+            ends = [round(share * rows.size(1) * (i + 1)) for i in range(len(rows))]  # in all share · n go, exactly
+            gone = np.diff([0, *ends])
+        masks[name] = keep_highest(rows, gone).view_as(score)
     return masks
 
 
 def keep_highest(rows: Tensor, without: list[int]) -> Tensor:
     """True in each row (R, n) but for its without[r] lowest values; of equal ones the first go."""
     order = rows.argsort(dim=1, stable=True)  # a threshold would take all of several equal values, or none
-    places = torch.arange(rows.size(1), device=rows.device)
-    gone = places < torch.as_tensor(without, device=rows.device)[:, None]  # (R, n), in that order
+    ranks = torch.arange(rows.size(1), device=rows.device)
+    gone = ranks < torch.as_tensor(without, device=rows.device)[:, None]  # (R, n), in that order
     return torch.ones_like(rows, dtype=torch.bool).scatter(1, order, ~gone)
 
 
-def prune(
-    model: nn.Module, options: PruneConfig, share: float, seed: int, task: Task | None = None, batches: list = ()
-) -> None:
+def prune(model: Model, options: PruneConfig, share: float, seed: int, examples: Examples | None = None) -> None:
     """Masks this share of the model's weights. Masked ones stay so: 0.5 twice is 0.5.
 
     More than this share goes where an older mask has taken more of a matrix, row or group than its part.
     """
-    masks, older = make_masks(scores(model, options.method, seed, task, batches), share, options), masks_of(model)
+    masks, older = make_masks(scores(model, options.method, seed, examples), share, options), masks_of(model)
     set_masks(model, {name: mask & older[name] if name in older else mask for name, mask in masks.items()})
 
 
@@ -158,7 +162,7 @@ def ramp_end(steps: int) -> int:
 class CubicPruning(HoldMasks):
     """Keeps zeros zero, and makes more and more of them until two thirds of the steps are done."""
 
-    def __init__(self, model: nn.Module, options: PruneConfig, seed: int):
+    def __init__(self, model: Model, options: PruneConfig, seed: int):
         super().__init__(model)
         self.options, self.seed = options, seed
 

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini.compression.activations import run_all, seeing
+from mini.compression.activations import Examples, seeing
 from mini.errors import UserError
 from mini.flags import Checked, option
 from mini.model.int8 import affine, matrices, quantize
 from mini.model.transformer import Model
-from mini.tasks.base import Batch, Task
 
 SAMPLE = 2**14  # values that an observer keeps of each batch
 
@@ -58,8 +57,8 @@ class Observer:
         else:
             self.low, self.high = torch.minimum(low, self.low), torch.maximum(high, self.high)
         if self.kind in ("percentile", "mse"):
-            places = torch.randint(x.numel(), (min(SAMPLE, x.numel()),), generator=self.generator)
-            self.kept.append(x.flatten()[places.to(x.device)].float().cpu())
+            drawn = torch.randint(x.numel(), (min(SAMPLE, x.numel()),), generator=self.generator)
+            self.kept.append(x.flatten()[drawn.to(x.device)].float().cpu())
 
     def range(self) -> tuple[float, float]:
         low, high = float(self.low), float(self.high)
@@ -79,9 +78,9 @@ def rounding_error(values: Tensor, low: float, high: float) -> float:
     return float(((quantize(values, scale, zero, low=-128) - zero) * scale - values).square().mean())
 
 
-def calibrate(model: Model, observer: str, task: Task, batches: list[Batch]) -> dict[str, tuple[float, float]]:
+def calibrate(model: Model, observer: str, examples: Examples) -> dict[str, tuple[float, float]]:
     """The range of each linear layer's input, of the model as it is; none for layers that the task does not use."""
     observers = {name: Observer(observer) for name in matrices(model)}
     with seeing(model, matrices(model), lambda name, x, y: observers[name].see(x)):
-        run_all(task, model, batches)
+        examples.run(model)
     return {name: seen.range() for name, seen in observers.items() if seen.low is not None}

@@ -61,14 +61,14 @@ def written_anew(
     """For each text its copies."""
     words = word_tokens(tokenizer)
     with progress_bar(total=len(texts), desc="writing texts anew", unit="text", delay=2, leave=False) as bar:
-        for start in range(0, len(texts), BATCH):
-            part = texts[start : start + BATCH]
-            ids, places = zip(*map(tokenizer.encode_with_offsets, part), strict=True)
+        for first in range(0, len(texts), BATCH):
+            chunk = texts[first : first + BATCH]
+            ids, spans = zip(*map(tokenizer.encode_with_offsets, chunk), strict=True)
             rows = [text_ids(tokenizer, model.config.max_len, row.tolist())[0] for row in ids]
             for i, likely in enumerate(candidates(model, tokenizer, rows, words, options.top)):
-                likely = {tuple(places[i][place - 1]): tokens for place, tokens in likely.items()}  # [CLS] is before
-                keys = (mix(options.seed, start + i, copy) for copy in range(options.copies))
-                yield [replaced(part[i], tokenizer, likely, options.rate, key) for key in keys]
+                likely = {tuple(spans[i][place - 1]): tokens for place, tokens in likely.items()}  # [CLS] is before
+                keys = (mix(options.seed, first + i, copy) for copy in range(options.copies))
+                yield [replaced(chunk[i], tokenizer, likely, options.rate, key) for key in keys]
                 bar.update()
 
 
@@ -87,29 +87,29 @@ def candidates(
 ) -> list[dict[int, list[int]]]:
     """For each text {place of a word of one token: the likeliest words there}."""
     device = next(model.parameters()).device
-    dtype = pick_dtype("auto", device)
+    bf16 = pick_dtype("auto", device) == torch.bfloat16
     places = []
     for row in rows:
         ids = np.array(row)
         goes_on = np.append(tokenizer.continues_word(ids)[1:], False)  # into the next token
-        places.append(np.flatnonzero(words[ids] & ~goes_on))
-    found: list[dict[int, list[int]]] = [{} for _ in rows]
-    allowed = torch.from_numpy(words).to(device)  # (V,)
+        places.append(np.flatnonzero(words[ids] & ~goes_on).tolist())
+    found: list[dict[int, list[int]]] = [dict.fromkeys(row) for row in places]  # in this order
+    others = torch.from_numpy(~words).to(device)  # (V,)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     tokens = pad(rows, tokenizer.pad).to(device)  # (B, T)
     for turn in range(TURNS):
-        mine = [row[turn::TURNS].tolist() for row in places]
+        mine = [row[turn::TURNS] for row in places]
         if not any(mine):
             continue
-        masked, at = tokens.clone(), pad([p or [0] for p in mine], 0).to(device)  # (B, T), (B, M)
+        masked, positions = tokens.clone(), pad([p or [0] for p in mine], 0).to(device)  # (B, T), (B, M)
         for b, chosen in enumerate(mine):
             masked[b, chosen] = tokenizer.mask
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = model.predict(masked, lengths, at)[0].float()[..., : len(words)]  # (B, M, V)
-        best = logits.masked_fill(~allowed, -torch.inf).topk(min(top, int(words.sum()))).indices.tolist()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model.predict(masked, lengths, positions)[0].float()[..., : len(words)]  # (B, M, V)
+        best = logits.masked_fill(others, -torch.inf).topk(min(top, int(words.sum()))).indices.tolist()
         for b, chosen in enumerate(mine):
             found[b] |= {place: best[b][m] for m, place in enumerate(chosen)}
-    return [dict(sorted(row.items())) for row in found]
+    return found
 
 
 def replaced(text: str, tokenizer: Tokenizer, likely: dict[tuple[int, int], list[int]], rate: float, key: int) -> str:

@@ -9,23 +9,21 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mini.compression.activations import on_examples, run_all, seeing
+from mini.compression.activations import Examples, seeing
 from mini.compression.prune import PruneConfig, keep_highest
 from mini.errors import UserError
 from mini.flags import Checked, option
 from mini.model.sparse import Masks, mask_key, mask_tensors
 from mini.model.transformer import Model
 from mini.storage import load_weights, weights
-from mini.tasks.base import Task
 
-UNITS = {
-    "heads": ("attention", "n_heads"),
-    "neurons": ("mlp", "d_ff"),
-}  # the module of a block, the field of its config
+# The module of a block, and the field of its config.
+UNITS = {"heads": ("attention", "n_heads"), "neurons": ("mlp", "d_ff")}
 ROUNDS = 10  # units go in so many rounds, their importance measured anew in each (Michel et al. 2019, §4)
 
 
@@ -37,7 +35,7 @@ class ReduceConfig(Checked):
     layers: int = option(0, "or how many", low=0)
     by: str = option(
         "uniform",
-        "and which so many: evenly spread; the first; the last; those that change their input most",
+        "evenly spread; first; last; those that change their input most",
         ("uniform", "first", "last", "influence"),
     )
     calibrate: int = option(256, "training examples that influence looks at", low=1)
@@ -49,62 +47,50 @@ def unit_modules(model: Model, units: str) -> list[nn.Module]:
     return [block.get_submodule(UNITS[units][0]) for block in model.stack.blocks]
 
 
-def sizes(model: nn.Module, units: str) -> list[int]:
+def sizes(model: Model, units: str) -> list[int]:
     """The heads or neurons of each layer."""
     return model.config.layers(UNITS[units][1])
 
 
 @contextlib.contextmanager
-def gated(model: nn.Module, units: str, gates: list[Tensor]) -> Iterator[None]:
+def gated(model: Model, units: str, gates: list[Tensor]) -> Iterator[None]:
     """While active, the heads' outputs, or the neurons, are multiplied by gates[layer]: (n,), or (B, n) for each text.
 
     ξ_h in Michel et al. 2019, eq. 3. A gate of zero is what the removal of a head or neuron amounts to.
     """
 
-    def multiply(layer: int):
-        def hook(module: nn.Module, arguments: tuple) -> tuple:
-            (x,) = arguments  # (B, T, H D) or (B, T, d_ff)
-            gate = gates[layer].repeat_interleave(x.size(-1) // gates[layer].size(-1), dim=-1)  # (.., H D)
-            return (x * (gate[:, None] if gate.ndim == 2 else gate),)
+    def multiply(gate: Tensor, module: nn.Module, arguments: tuple) -> tuple:
+        (x,) = arguments  # (B, T, H D) or (B, T, d_ff)
+        gate = gate.repeat_interleave(x.size(-1) // gate.size(-1), dim=-1)  # (.., H D)
+        return (x * (gate[:, None] if gate.ndim == 2 else gate),)
 
-        return hook
-
-    joints = [module.get_submodule(module.joint) for module in unit_modules(model, units)]
-    handles = [joint.register_forward_pre_hook(multiply(layer)) for layer, joint in enumerate(joints)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module, gate in zip(unit_modules(model, units), gates, strict=True):
+            joint = module.get_submodule(module.joint)
+            hooks.enter_context(joint.register_forward_pre_hook(partial(multiply, gate)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def importance(
-    model: nn.Module,
-    units: str,
-    method: str,
-    alive: list[Tensor],
-    seed: int,
-    task: Task | None = None,
-    batches: list = (),
+    model: Model, options: PruneConfig, alive: list[Tensor], seed: int, examples: Examples | None = None
 ) -> list[Tensor]:
     """For each layer (n,): what its heads or neurons matter, as a vector of length 1 (Michel et al. 2019, §4.1).
 
     magnitude: the norm of all weights of a head or neuron; gradient: the mean of |∂L/∂ξ| over texts, as long as the
     ones that are no longer alive are gated off.
     """
-    if method == "random":
+    units = options.pattern
+    if options.method == "random":
         generator = torch.Generator().manual_seed(seed)
         return [torch.rand(len(gate), generator=generator).to(gate.device) for gate in alive]
-    if method == "magnitude":
+    if options.method == "magnitude":
         found = [unit_norms(module) for module in unit_modules(model, units)]
     else:
-        found = [torch.zeros(n, device=gate.device) for n, gate in zip(sizes(model, units), alive, strict=True)]
-        model.eval()
-        for batch in on_examples(batches):
-            inputs = batch.to(alive[0].device).inputs
+        found = [torch.zeros_like(gate) for gate in alive]
+        for inputs in examples.inputs(model):
             gates = [gate.repeat(len(inputs["tokens"]), 1).requires_grad_() for gate in alive]  # (B, n): one per text
             with gated(model, units, gates):
-                loss = task.total(task.loss(model, inputs))
+                loss = examples.task.total(examples.task.loss(model, inputs))
             for total, gradient in zip(found, torch.autograd.grad(loss, gates), strict=True):
                 total += gradient.abs().sum(dim=0)
     found = [values * gate for values, gate in zip(found, alive, strict=True)]  # of those that are still there
@@ -122,44 +108,40 @@ def unit_norms(module: nn.Module) -> Tensor:
     return total.sqrt()
 
 
-def choose_units(
-    model: nn.Module, units: str, options: PruneConfig, seed: int, task: Task | None = None, batches: list = ()
-) -> list[Tensor]:
+def choose_units(model: Model, options: PruneConfig, seed: int, examples: Examples | None = None) -> list[Tensor]:
     """Which heads or neurons stay, for each layer a gate (n,) of ones and zeros; at least one of each layer does."""
-    counts = sizes(model, units)
+    counts = sizes(model, options.pattern)
     device = next(model.parameters()).device
     alive = [torch.ones(n, device=device) for n in counts]
     rounds = ROUNDS if options.method == "gradient" else 1
     for i in range(1, rounds + 1):
         share = options.sparsity * i / rounds
-        values = importance(model, units, options.method, alive, seed, task, batches)
-        values = [v.masked_fill(gate == 0, -1) for v, gate in zip(values, alive, strict=True)]
+        values = importance(model, options, alive, seed, examples)
+        values = [v.masked_fill(gate == 0, -1).cpu() for v, gate in zip(values, alive, strict=True)]
         if options.scope == "layer":
-            for layer, value in enumerate(values):
-                kept = keep_highest(value[None].cpu(), [round(share * len(value))])[0]
-                alive[layer] = kept.to(device, torch.float32)
+            kept = [keep_highest(value[None], [round(share * len(value))])[0] for value in values]
         else:
             for value in values:  # the best of each layer stays in any case
                 value[value.argmax()] = float("inf")
-            kept = keep_highest(torch.cat(values)[None].cpu(), [round(share * sum(counts))])[0]
-            alive = [part.to(device, torch.float32) for part in kept.split(counts)]
+            kept = keep_highest(torch.cat(values)[None], [round(share * sum(counts))])[0].split(counts)
+        alive = [gate.to(device, torch.float32) for gate in kept]
     return alive
 
 
-def check_units(model: nn.Module, units: str, options: PruneConfig) -> None:
+def check_units(model: Model, options: PruneConfig) -> None:
     """Refuses to take away none, all of a layer, or heads that share their keys and values."""
-    config, counts = model.config, sizes(model, units)
-    total = sum(round(options.sparsity * n) for n in (counts if options.scope == "layer" else [sum(counts)]))
-    if not total:
+    units, config, counts = options.pattern, model.config, sizes(model, options.pattern)
+    compared = counts if options.scope == "layer" else [sum(counts)]
+    gone = [round(options.sparsity * n) for n in compared]
+    if not any(gone):
         raise UserError(f"--sparsity {options.sparsity}: of {counts[0]} {units} in a layer none would go; give more")
     if units == "heads" and config.n_kv_heads and any(h != config.n_kv_heads for h in counts):
         raise UserError("--pattern heads: these heads share keys and values (n_kv_heads); prune neurons instead")
-    if options.scope == "layer":
-        for layer, n in enumerate(counts):
-            if round(options.sparsity * n) >= n:
-                raise UserError(f"--sparsity {options.sparsity}: all {n} {units} of layer {layer} would go; give less")
-    elif round(options.sparsity * sum(counts)) > sum(counts) - len(counts):
+    if options.scope == "global" and gone[0] > sum(counts) - len(counts):
         raise UserError(f"--sparsity {options.sparsity}: fewer than one of the {units} per layer would stay; give less")
+    for layer, n in enumerate(compared):
+        if gone[layer] >= n:
+            raise UserError(f"--sparsity {options.sparsity}: all {n} {units} of layer {layer} would go; give less")
 
 
 def without_units(model: Model, units: str, alive: list[Tensor]) -> Model:
@@ -170,14 +152,14 @@ def without_units(model: Model, units: str, alive: list[Tensor]) -> Model:
     """
     config, tensors = model.config, every_tensor(model)
     counts = [int(gate.sum()) for gate in alive]
-    place, field = UNITS[units]
+    attribute, field = UNITS[units]
     changes = {field: counts[0] if len(set(counts)) == 1 else counts, "d_head": config.head_size}
     if units == "heads" and config.n_kv_heads:
         changes["n_kv_heads"] = 0
     for layer, (module, gate) in enumerate(zip(unit_modules(model, units), alive, strict=True)):
         kept = gate.bool().cpu().nonzero().flatten()
         for name, (dim, places) in module.units().items():
-            full = f"stack.blocks.{layer}.{place}.{name}"
+            full = f"stack.blocks.{layer}.{attribute}.{name}"
             for key in (full, mask_key(full)):
                 if key in tensors:
                     stay = places[kept].flatten().sort().values.to(tensors[key].device)
@@ -186,21 +168,20 @@ def without_units(model: Model, units: str, alive: list[Tensor]) -> Model:
 
 
 # ---------------------------------------------------------------- layers
-def without_layers(model: nn.Module, keep: list[int]) -> nn.Module:
+def without_layers(model: Model, keep: list[int]) -> Model:
     """The model with only these of its blocks, in this order."""
     config, tensors = model.config, {}
     for name, tensor in every_tensor(model).items():
-        block = re.match(r"(masks\.)?stack[./]blocks[./](\d+)[./]", name)
+        block = re.match(r"((?:masks\.)?stack[./]blocks[./])(\d+)([./].*)", name)
         if not block:
             tensors[name] = tensor
-        for new, old in enumerate(keep):
-            if block and int(block[2]) == old:
-                tensors[name[: block.start(2)] + str(new) + name[block.end(2) :]] = tensor
+        elif int(block[2]) in keep:
+            tensors[f"{block[1]}{keep.index(int(block[2]))}{block[3]}"] = tensor
     changes = {name: [value[i] for i in keep] for name, value in vars(config).items() if isinstance(value, list)}
     return rebuilt(model, dataclasses.replace(config, n_layers=len(keep), **changes), tensors)
 
 
-def influence(model: nn.Module, task: Task, batches: list) -> list[float]:
+def influence(model: Model, examples: Examples) -> list[float]:
     """What each block changes: 1 - the mean cosine of its input and output, over real tokens (Men et al. 2024, §3)."""
     sums, counts = [0.0] * len(model.stack.blocks), [0] * len(model.stack.blocks)
 
@@ -209,7 +190,7 @@ def influence(model: nn.Module, task: Task, batches: list) -> list[float]:
         counts[int(name)] += len(x)
 
     with seeing(model, {str(i): block for i, block in enumerate(model.stack.blocks)}, add):
-        run_all(task, model, batches)
+        examples.run(model)
     return [1 - total / count for total, count in zip(sums, counts, strict=True)]
 
 
@@ -235,7 +216,7 @@ def chosen_layers(flag: str, spec: str, n: int, total: int) -> list[int]:
     if spec in ways:
         return ways[spec]
     try:
-        keep = [int(part) for part in spec.split(",")]
+        keep = [int(layer) for layer in spec.split(",")]
     except ValueError:
         raise UserError(f"--{flag} {spec}: expected numbers of layers, such as 0,2,4") from None
     if wrong := [i for i in keep if not 0 <= i < total]:
@@ -251,7 +232,7 @@ def spread(n: int, total: int) -> list[int]:
 
 
 # ---------------------------------------------------------------- the model at another size
-def every_tensor(model: nn.Module) -> dict[str, Tensor]:
+def every_tensor(model: Model) -> dict[str, Tensor]:
     """Parameters and buffers, those too that files do not hold."""
     return weights(model) | dict(model.named_buffers())
 
@@ -272,5 +253,6 @@ def rebuilt(model: Model, config, tensors: dict[str, Tensor]) -> Model:
             raise ValueError(
                 f"the buffer {name} depends on what was taken out: make it persistent, and say so in units()"
             )
-    load_weights(new, {name: t for name, t in tensors.items() if name in weights(new)}, "the smaller model")
+    unsaved = every_tensor(model).keys() - weights(model).keys()
+    load_weights(new, {name: t for name, t in tensors.items() if name not in unsaved}, "the smaller model")
     return new.train(model.training)

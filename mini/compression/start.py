@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mini.compression.activations import Examples
 from mini.errors import UserError
 from mini.flags import Checked, field_names, option, parse_flags, peek
 from mini.model.transformer import Model
-from mini.tasks.base import Batch, Task
+from mini.tasks.base import Task
 from mini.text.prepare import DataConfig
 from mini.text.tokenizer import Tokenizer
 from mini.training import runs
 from mini.training.checkpoints import read_result
 from mini.training.devices import World
-from mini.training.loop import Method, TrainConfig, describe
+from mini.training.loop import TrainConfig, describe
 from mini.training.optim import OptimConfig
 from mini.training.start import Settings, check_length, open_run, other_optimizer, train_run
 
@@ -49,8 +50,7 @@ def read_compression(
     otherwise.
     """
     description += "\n\nRUN --help shows the values of that run, which are the defaults of training."
-    source = next((word for word in argv[:1] if not word.startswith("-")), None)
-    # Without a source: --help, or a RUN that is missing.
+    source = argv[0] if argv and not argv[0].startswith("-") else None  # None: --help, or a RUN that is missing
     settings = open_run(source, peek(argv, "tokenizer", None)) if source else None
     parts = [settings.data, settings.optim, settings.train] if source else [DataConfig(), OptimConfig(), TrainConfig()]
     pretrains = not source or settings.task.pretrains
@@ -60,9 +60,8 @@ def read_compression(
     defaults |= {f: lr_share * defaults[f] for f in ("lr", "embed_lr", "head_lr")} | training
     defaults |= other_optimizer(argv, defaults)
     defaults = {f: v for f, v in defaults.items() if f not in field_names(recipe)}
-    (options, chosen, *parts), given = parse_flags(
-        argv, [CompressOptions, recipe, *map(type, parts)], description, **defaults
-    )
+    classes = [CompressOptions, recipe, *map(type, parts)]
+    (options, chosen, *parts), given = parse_flags(argv, classes, description, **defaults)
     if source != options.run:
         raise UserError(f"the run comes first: {sys.argv[0]} {options.run} ...")
     if not options.out:
@@ -86,14 +85,15 @@ def refuse_int8(s: Settings, what: str) -> None:
         raise UserError(f"{s.job.init} is quantized already: {what}")
 
 
-def calibration(task: Task, n: int) -> list[Batch]:
-    """The first n training examples, in batches."""
+def calibration(task: Task, n: int) -> Examples:
+    """The first n training examples."""
     n = min(n, task.n)
-    return [task.batch(np.arange(i, min(i + CALIBRATION_BATCH, n))) for i in range(0, n, CALIBRATION_BATCH)]
+    batches = [task.batch(np.arange(i, min(i + CALIBRATION_BATCH, n))) for i in range(0, n, CALIBRATION_BATCH)]
+    return Examples(task, batches)
 
 
 def run_compressed(
-    s: Settings, model: Model, task: Task, tokenizer: Tokenizer, world: World, methods: Iterable[Method] = (),
+    s: Settings, model: Model, task: Task, tokenizer: Tokenizer, world: World, methods: Iterable = (),
     settled: int = 0,
 ) -> None:  # fmt: skip
     """Trains what compress.py has made of a run, and says how good that run was."""

@@ -29,47 +29,43 @@ INSIDE = (*STUDENT, "layer_map", "embedding", "hidden", "attention")  # what Tin
 
 def check(s: Settings, options: DistillConfig) -> None:
     """Refuses flags that have no effect, and a student that does not fit its teacher, before anything is computed."""
-    four_steps = options.recipe == "tinybert" and not s.task.pretrains
-    loss_weights = options.weights()
-    unused = dict.fromkeys(STUDENT, f"the student is that of --init {options.init}") if options.init else {}
-    if options.init:
-        unused["general_steps"] = "--init stands for the first step"
-    if four_steps:
-        unused |= dict.fromkeys(
-            ("soft", "alpha", "cosine", "relations", "relation_heads", "cache"), "tinybert has losses of its own"
-        )
-    else:
-        elsewhere = "it is for --recipe tinybert of a fine-tuned run, or with --train and --valid of a pretrained one"
-        unused |= dict.fromkeys(("general", "general_steps", "copies"), elsewhere)
-        if not any(loss_weights[name] for name in ("hidden", "attention", "relations")):
-            unused["layer_map"] = "no loss between layers has a weight"
-        if not loss_weights["soft"]:
-            unused |= dict.fromkeys(("temperature", "cache"), "the soft targets have no weight")
-        if not loss_weights["relations"]:
-            unused["relation_heads"] = "--relations has no weight"
-    if not options.cache:
-        unused["top_k"] = "it is for --cache"
-    elif Path(options.cache).exists() and not Path(options.cache).is_dir():
+    if not s.task.teaches:
+        raise UserError(f"{s.job.init} has no head, so it has no answers to learn from: fine-tune it first")
+    weights = options.weights()
+    in_steps = options.recipe == "tinybert" and not s.task.pretrains
+    others = ("soft", "alpha", "cosine", "relations", "relation_heads", "cache")
+    outside = "it is for --recipe tinybert of a fine-tuned run, or with --train and --valid of a pretrained one"
+    without_effect = [  # the flags, when, and why
+        (others, in_steps, "tinybert has losses of its own"),
+        (("general", "general_steps", "copies"), not in_steps, outside),
+        (("layer_map",), not in_steps and not options.between_layers, "no loss between layers has a weight"),
+        (("temperature", "cache"), not in_steps and not weights["soft"], "the soft targets have no weight"),
+        (("relation_heads",), not weights["relations"], "--relations has no weight"),
+        (STUDENT, options.init, f"the student is that of --init {options.init}"),
+        (("general_steps",), options.init, "--init stands for the first step"),
+        (("top_k",), not options.cache, "it is for --cache"),
+    ]
+    for names, here, why in without_effect:
+        if here and (given := s.given.intersection(names)):
+            raise UserError(f"--{min(given)} has no effect here: {why}; leave it out")
+    if options.cache and Path(options.cache).exists() and not Path(options.cache).is_dir():
         raise UserError(f"--cache {options.cache}: is a file; name a folder")
-    for name in sorted(s.given & unused.keys()):
-        raise UserError(f"--{name} has no effect here: {unused[name]}; leave it out")
     if not s.train.trains:
         raise UserError(f"{s.job.init} was made without training, so say how long the student learns with --steps")
-    if options.init:
-        student = going_on(s, options.init).config
-    else:
-        student = distill.student_config(s.source.config, options)
-        distill.first_layers(s.source.config, options)
-    distill.matched_layers(student, s.source.config, options)
+    teacher = s.source.config
+    student = going_on(s, options.init).config if options.init else distill.student_config(teacher, options)
+    if not options.init:
+        distill.first_layers(teacher, options)
+    distill.matched_layers(student, teacher, options)
 
 
 def teach(s: Settings, options: DistillConfig, world: World, examined: bool = False) -> None:
     """Trains a student of s.source. examined: the teacher is known to have something to teach."""
-    teacher, source = s.source, s.job.init
+    teacher = s.source
     s.compression = {"distill": dataclasses.asdict(options)}
     if s.quant:  # whole numbers, from which nothing goes on learning
-        if options.source not in ("auto", "random"):
-            raise UserError(f"--start {options.source}: {source} is quantized, so its student begins at random")
+        if options.start not in ("auto", "random"):
+            raise UserError(f"--start {options.start}: {s.job.init} is quantized, so its student begins at random")
         options = dataclasses.replace(options, start="random")
     torch.manual_seed(s.train.seed)
     student = going_on(s, options.init) if options.init else distill.make_student(teacher, options)
@@ -93,8 +89,8 @@ def about(lesson: distill.Distillation, student: Model, options: DistillConfig) 
     if lesson.pairs:
         lines.append("Layers, teacher:student: " + ", ".join(f"{t}:{m}" for m, t in lesson.pairs))
     if lesson.cache is not None:
-        there = f"{lesson.cache.batches():,} batches are there"
-        lines.append(f"The teacher's answers are kept in {lesson.cache.folder}: {there}")
+        kept = f"The teacher's answers are kept in {lesson.cache.folder}"
+        lines.append(f"{kept}: {lesson.cache.batches():,} batches are there")
     if not lesson.losses:
         lines.append("note: no loss has a teacher, so this is training without one")
     elif not (lesson.default_weight or "soft" in lesson.losses):
@@ -110,9 +106,8 @@ def examine(s: Settings, task: Task, world: World) -> None:
     if not runs.is_published(s.job.init) and not checkpoints.read_result(Path(s.job.init)):
         world.say(f"note: {s.job.init} is unfinished")
     dtype = pick_dtype(s.train.dtype, world.device)
-    teacher = s.source.to(world.device)
-    figures = evaluate(teacher, task, world, dtype, EVALUATION_BATCH, s.train.eval_tokens)
-    teacher.eval()
+    figures = evaluate(s.source.to(world.device), task, world, dtype, EVALUATION_BATCH, s.train.eval_tokens)
+    s.source.eval()
     world.say(f"The teacher: {describe(figures)}")
     if not task.beats_chance(figures):
         raise UserError(f"{s.job.init} is no better than chance at this task: there is nothing to learn from it")
@@ -145,19 +140,19 @@ def tinybert(s: Settings, options: DistillConfig, world: World) -> None:
     OUT-layers     the same of the fine-tuned teacher, on the task's texts and copies of them (OUT-augmented-..)
     OUT            its predictions, at the temperature 1
     """
-    out = s.job.out
-    copies = options.copies if s.labels else 0
+    out, copies = s.job.out, options.copies if s.labels else 0
     general = None if options.init and not copies else general_settings(s, options)
     if copies and getattr(general.source, "mlm", None) is None:
         world.say(f"note: {general.job.init} has no head for masked tokens, so texts are not written anew")
         copies = 0
     layers = dataclasses.replace(s, job=dataclasses.replace(s.job, out=f"{out}-layers"))
-    copying = dataclasses.replace(inside(options), init=options.init or f"{out}-general")
     answers = dataclasses.replace(s)
+    inside = DistillConfig(recipe="tinybert", **{name: getattr(options, name) for name in INSIDE})
+    further = dataclasses.replace(inside, init=options.init or f"{out}-general")
     temperature = options.temperature if "temperature" in s.given else 1.0
-    answering = DistillConfig(soft=1.0, hard=options.hard or 0.0, temperature=temperature, init=layers.job.out)
-    steps = [] if options.init else [(general, inside(options))]
-    for step, recipe in [*steps, (layers, copying), (answers, answering)]:
+    predictions = DistillConfig(soft=1.0, hard=options.hard or 0.0, temperature=temperature, init=layers.job.out)
+    steps = [] if options.init else [(general, inside)]
+    for step, recipe in [*steps, (layers, further), (answers, predictions)]:
         micro_batch_size(step.train, world)
         if Path(step.job.out, "config.json").exists() and not s.job.overwrite:
             there = runs.read_config(step.job.out)
@@ -171,33 +166,25 @@ def tinybert(s: Settings, options: DistillConfig, world: World) -> None:
 
     if not options.init:
         world.say(f"\nTinyBERT, step 1 of 4: general distillation, {general.job.out}")
-        teach(general, inside(options), world)
+        teach(general, inside, world)
     world.say(f"\nTinyBERT, step 2 of 4: the fine-tuned teacher is {s.job.init}")
     if copies:
         layers.data = answers.data = with_copies(s, general, copies, world)
     world.say(f"\nTinyBERT, step 3 of 4: its embeddings, layers and attention on the task, {layers.job.out}")
-    teach(layers, copying, world, examined=True)
+    teach(layers, further, world, examined=True)
     world.say(f"\nTinyBERT, step 4 of 4: its predictions, {out}")
-    teach(answers, answering, world, examined=True)
-
-
-def inside(options: DistillConfig) -> DistillConfig:
-    """What of the options TinyBERT's first and third step read."""
-    return DistillConfig(recipe="tinybert", **{name: getattr(options, name) for name in INSIDE})
+    teach(answers, predictions, world, examined=True)
 
 
 def general_settings(s: Settings, options: DistillConfig) -> Settings:
     """The first step's: the run that the teacher was fine-tuned from, and what that was trained with."""
     named = s.data.tokenizer if "tokenizer" in s.given else s.job.init  # for published weights that come without one
     source = options.general or runs.init_of(s.job.init)
-    while source:
-        general = open_run(source, named if runs.is_published(source) else None)
-        if general.task.pretrains:
-            break
+    while source and not (general := open_run(source, named if runs.is_published(source) else None)).task.pretrains:
         if options.general:
             raise UserError(f"--general {source} is fine-tuned itself: name the pretrained run that it came from")
         source = runs.init_of(source)  # of a run that was pruned, say
-    else:
+    if not source:
         raise UserError(f"{s.job.init}: name the pretrained run that it was fine-tuned from with --general")
     if general.tokenizer.fingerprint != s.tokenizer.fingerprint:
         raise UserError(f"--general {source}: it has another tokenizer than {s.job.init}")
@@ -205,10 +192,8 @@ def general_settings(s: Settings, options: DistillConfig) -> Settings:
         if getattr(general.source.config, name) != getattr(s.source.config, name):
             raise UserError(f"--general {source}: its {name} is not that of {s.job.init}")
     general.job.out, general.job.overwrite = f"{s.job.out}-general", s.job.overwrite
-    text = {
-        name: getattr(s.data, name) for name in ("data", "valid_fraction", "separator", "errors") if name in s.given
-    }
-    general.data, general.given = dataclasses.replace(general.data, **text), set(text)
+    general.given = s.given & {"data", "valid_fraction", "separator", "errors"}
+    general.data = dataclasses.replace(general.data, **{name: getattr(s.data, name) for name in general.given})
     loop = {name: getattr(s.train, name) for name in ("seed", "device", "dtype", "accumulation")}
     if options.general_steps:
         loop |= dict(steps=options.general_steps, epochs=0.0)

@@ -13,7 +13,7 @@ from mini.model.transformer import (
     Linear,
     Model,
     at_positions,
-    init_weights,
+    initialise,
     linear_flops,
     make_activation,
     make_norm,
@@ -40,13 +40,12 @@ class Bert(Model):
         C = config.d_model
         pooled = config.pooler or config.nsp or config.n_classes
         self.pooler = Linear(C, C) if pooled else None
-        self.mlm = MLMHead(self.config, self.stack.tokens) if config.mlm else None
+        self.mlm = MLMHead(self.config, self.stack.tokens.weight) if config.mlm else None
         self.nsp = nn.Linear(C, 2) if config.nsp else None
         self.classifier = nn.Linear(C, config.n_classes) if config.n_classes else None
         self.spans = nn.Linear(C, 2) if config.spans else None
         self.dropout = Dropout(config.dropout)
-        for head in filter(None, (self.pooler, self.nsp, self.classifier, self.spans)):
-            init_weights(head)
+        initialise(self, torch.initial_seed())
 
     def forward(self, tokens: Tensor, segments: Tensor | None = None, real: Tensor | None = None) -> Tensor:
         """(B, T) int64 -> hidden states (B, T, C).
@@ -71,8 +70,8 @@ class Bert(Model):
         return hidden[:, 0] if pooling == "cls" else average(hidden, real_tokens(tokens, lengths))
 
     def answers(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The logits of classes, (B, n_classes); of an answer's first and last token, (B, 2, T), never padding; of masked
-        tokens, (B, M, V), and the next sentence, (B, 2); or without a head the hidden states, (B, T, C)."""
+        """The logits of classes, (B, n_classes); of an answer's first and last token, (B, 2, T), padding aside; of
+        masked tokens, (B, M, V), and the next sentence, (B, 2); or without a head the hidden states, (B, T, C)."""
         tokens, lengths, segments = inputs["tokens"], inputs["lengths"], inputs.get("segments")
         if self.classifier is not None:
             return {"classify": self.classify(tokens, lengths, segments)}
@@ -113,7 +112,7 @@ class Bert(Model):
 
     def vocabulary_weights(self) -> set[nn.Parameter]:
         decoder = set(self.mlm.decoder.parameters()) if self.mlm is not None else set()
-        return {self.stack.tokens.weight} | decoder
+        return super().vocabulary_weights() | decoder
 
     # ------------------------------------------------------------ published weights
     @classmethod
@@ -141,18 +140,16 @@ def average(hidden: Tensor, real: Tensor | None) -> Tensor:
 class MLMHead(nn.Module):
     """dense, activation, norm, then a score for each token: the embedding matrix again, with a bias of its own."""
 
-    def __init__(self, config: ModelConfig, tokens: nn.Embedding):
+    def __init__(self, config: ModelConfig, tokens: nn.Parameter):
         super().__init__()
         self.config = config
         self.dense = Linear(config.d_model, config.d_model, bias=config.bias)
         self.activation = make_activation(config)
         self.norm = make_norm(config)
-        self.decoder = Linear(config.d_model, tokens.num_embeddings)
-        self.apply(init_weights)
+        # At zero every token is equally likely at first: the loss starts at ln V.
+        self.decoder = Linear(config.d_model, config.n_rows, std=0.0 if config.zero_init else 0.02)
         if config.tied:
-            self.decoder.weight = tokens.weight
-        elif config.zero_init:  # every token equally likely at first: the loss starts at ln V
-            nn.init.zeros_(self.decoder.weight)
+            self.decoder.weight = tokens
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V)"""

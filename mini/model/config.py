@@ -29,6 +29,7 @@ class ModelConfig(Checked):
     activation: str = option(
         "gelu_tanh", "nonlinearity of the MLP", ("gelu", "gelu_tanh", "relu2", "swiglu"), fixed=True
     )
+    value_embeddings: bool = option(False, "a table of each layer adds to a token's values", fixed=True)
     qk_norm: bool = option(False, "normalise each query and key head (RMS) before their product")
     bias: bool = option(True, "biases in linear layers and LayerNorms", fixed=True)
     tied: bool = option(True, "the output head is the token embedding", fixed=True)
@@ -74,6 +75,11 @@ class ModelConfig(Checked):
             gated = (8 * self.d_model // 3 + 63) // 64 * 64
             values = [d or (gated if self.activation == "swiglu" else 4 * self.d_model) for d in values]
         return values
+
+    @property
+    def n_rows(self) -> int:
+        """Of the tables that are looked up by token."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def head_size(self) -> int:

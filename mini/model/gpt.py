@@ -15,7 +15,7 @@ from mini.model.transformer import (
     Linear,
     Model,
     at_positions,
-    init_weights,
+    initialise,
     linear_flops,
     real_tokens,
     vocabulary_logits,
@@ -30,20 +30,16 @@ class GPT(Model):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        rows = self.stack.tokens.num_embeddings
-        self.head = Linear(config.d_model, rows, bias=False)
+        # At zero every token is equally likely at first: the loss starts at ln V.
+        self.head = Linear(config.d_model, config.n_rows, bias=False, std=0.0 if config.zero_init else 0.02)
         if config.tied:
             self.head.weight = self.stack.tokens.weight
-        elif config.zero_init:  # every token equally likely at first: the loss starts at ln V
-            nn.init.zeros_(self.head.weight)
-        else:
-            nn.init.normal_(self.head.weight, std=0.02)
         self.classifier = None
         if config.n_classes:
             self.classifier = nn.Linear(config.d_model, config.n_classes)
-            init_weights(self.classifier)
             if not config.tied:
                 self.head.requires_grad_(False)  # a classifier predicts no tokens
+        initialise(self, torch.initial_seed())
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V): position t scores token t + 1."""
@@ -189,7 +185,7 @@ class GPT(Model):
         return self.stack.flops(length) + predicted * linear_flops(self.head)
 
     def vocabulary_weights(self) -> set[nn.Parameter]:
-        return {self.stack.tokens.weight, self.head.weight}
+        return super().vocabulary_weights() | {self.head.weight}
 
     # ------------------------------------------------------------ published weights
     @classmethod

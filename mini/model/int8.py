@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini.model.transformer import Linear
+from mini.model.transformer import Embedding, Linear
 
 # For torch.compile: an activation is needed twice, for its largest value and to be divided by it. Without this, CPU
 # code computes GELU both times.
@@ -109,7 +109,7 @@ class FakeQuantLinear(Linear):
         return dequantized(product, scale, weight_scale[:, 0], self.bias).to(x.dtype)
 
 
-class FakeQuantEmbedding(nn.Embedding):
+class FakeQuantEmbedding(Embedding):
     """The same for looked-up rows."""
 
     def __init__(self, weight: nn.Parameter):
@@ -135,15 +135,12 @@ class Int8(KeepsFloat32):
 class Int8Embedding(Int8):
     """Rows of int8, looked up and scaled."""
 
+    by_token = True
     dtype = torch.float32  # of what it returns: that of the rest of the model
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
         self.dtype = fn(self.weight.new_empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
-
-    @property
-    def num_embeddings(self) -> int:
-        return len(self.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return (self.weight[tokens] * self.scale[tokens][..., None]).to(self.dtype)
@@ -198,7 +195,7 @@ def backend(device: str) -> str:
 
 # ---------------------------------------------------------------- models
 def matrices(model: nn.Module, kind: type = Linear) -> dict[str, nn.Module]:
-    """The linear layers that are quantized, by name: all but small heads."""
+    """The layers of a kind, by name; of Linear all that are quantized, which small heads are not."""
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
@@ -210,7 +207,8 @@ def prepare(model: nn.Module, ranges: dict[str, tuple[float, float]]) -> nn.Modu
     for name, layer in matrices(model).items():
         input = StaticInput(*ranges[name]) if name in ranges else DynamicInput()
         put(model, name, FakeQuantLinear(layer.weight, layer.bias, input, layer.parts))
-    model.stack.tokens = FakeQuantEmbedding(model.stack.tokens.weight)
+    for name, table in matrices(model, Embedding).items():
+        put(model, name, FakeQuantEmbedding(table.weight))
     return model.train(model.training)
 
 
@@ -228,7 +226,8 @@ def convert(model: nn.Module) -> nn.Module:
 
     for name, layer in matrices(model, FakeQuantLinear).items():
         put(model, name, Int8Linear(*whole(layer.weight), layer))
-    model.stack.tokens = Int8Embedding(*whole(model.stack.tokens.weight))
+    for name, table in matrices(model, FakeQuantEmbedding).items():
+        put(model, name, Int8Embedding(*whole(table.weight)))
     return model.train(model.training)
 
 
@@ -242,7 +241,8 @@ def restore(model: nn.Module) -> nn.Module:
 
     for name, layer in matrices(model, Int8Linear).items():
         put(model, name, FakeQuantLinear(floats(layer), layer.bias, layer.input, layer.parts))
-    model.stack.tokens = FakeQuantEmbedding(floats(model.stack.tokens))
+    for name, table in matrices(model, Int8Embedding).items():
+        put(model, name, FakeQuantEmbedding(floats(table)))
     return model.train(model.training)
 
 

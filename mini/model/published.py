@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,89 +15,54 @@ from mini.storage import load_tensors, read_json
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-@dataclass
-class PublishedGPT2:
-    """What a GPT-2's config.json says; other keys do not change what it computes."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    vocab_size: int
-    model_type: str = "gpt2"
-    n_inner: int | None = None
-    n_positions: int | None = None
-    n_ctx: int | None = None
-    layer_norm_epsilon: float = 1e-5
-    activation_function: str = "gelu_new"
-    resid_pdrop: float = 0.1
-    tie_word_embeddings: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    add_cross_attention: bool = False
+# Our fields and theirs, with the values of those that a config.json may leave out; others change nothing.
+GPT2_SETTINGS = {
+    "n_layers": "n_layer", "n_heads": "n_head", "d_model": "n_embd", "d_ff": ("n_inner", 0), "max_len": "n_positions",
+    "vocab_size": "vocab_size", "norm_eps": ("layer_norm_epsilon", 1e-5), "dropout": ("resid_pdrop", 0.1),
+    "activation": ("activation_function", "gelu_new"), "tied": ("tie_word_embeddings", True),
+}  # fmt: skip
+BERT_SETTINGS = {
+    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "d_model": "hidden_size",
+    "d_ff": "intermediate_size", "max_len": "max_position_embeddings", "vocab_size": "vocab_size",
+    "n_segments": ("type_vocab_size", 2), "norm_eps": ("layer_norm_eps", 1e-12), "activation": ("hidden_act", "gelu"),
+    "dropout": ("hidden_dropout_prob", 0.1), "tied": ("tie_word_embeddings", True),
+}  # fmt: skip
+UNSUPPORTED = {
+    "scale_attn_by_inverse_layer_idx": (False, None), "add_cross_attention": (False, None), "is_decoder": (False, None),
+    "position_embedding_type": ("absolute", None),
+}  # fmt: skip
 
 
-@dataclass
-class PublishedBert:
-    """What a BERT's config.json says."""
+def read_settings(folder: str | Path, kind: str, mark: str, names: dict, **ours) -> ModelConfig:
+    """A published config.json as a ModelConfig, without heads. Raises UserError for settings that mini does not have.
 
-    num_hidden_layers: int
-    num_attention_heads: int
-    hidden_size: int
-    intermediate_size: int
-    max_position_embeddings: int
-    vocab_size: int
-    model_type: str = "bert"
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    tie_word_embeddings: bool = True
-    position_embedding_type: str = "absolute"
-    is_decoder: bool = False
+    kind: their name for the model; mark: a key that tells it.
+    """
+    path = Path(folder) / "config.json"
+    found = read_json(path)
+    if found.get("model_type", kind) != kind or mark not in found:
+        raise UserError(f"{path} describes a {found.get('model_type', 'model')!r}, not a {kind}")
+    for name, supported in UNSUPPORTED.items():
+        if found.get(name) not in supported:
+            raise UserError(f"{path}: {name} {found[name]!r} is not supported")
+    found.setdefault("n_positions", found.get("n_ctx"))
+    for mine, theirs in names.items():
+        name, default = (theirs, None) if isinstance(theirs, str) else theirs
+        ours[mine] = default if found.get(name) is None else found[name]
+        if ours[mine] is None:
+            raise UserError(f"{path}: it gives no {name}")
+    if not isinstance(ours["activation"], str) or ours["activation"] not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UserError(f"{path}: the activation {ours['activation']!r} is not one that mini has ({known})")
+    return from_dict(ModelConfig, ours | {"activation": ACTIVATIONS[ours["activation"]]}, path)
 
 
 def gpt2_config(folder: str | Path) -> ModelConfig:
-    """GPT-2's config.json as a ModelConfig. Raises UserError for settings that GPT does not have."""
-    path = Path(folder) / "config.json"
-    values = read_json(path)
-    if values.get("model_type", "gpt2") != "gpt2" or "n_embd" not in values:
-        raise UserError(f"{path} describes a {values.get('model_type', 'model')!r}, not a GPT-2")
-    p = from_dict(PublishedGPT2, values, path, ignore_unknown=True)
-    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if getattr(p, name):
-            raise UserError(f"{path}: {name} is not supported")
-    max_len = p.n_positions or p.n_ctx
-    if not max_len:
-        raise UserError(f"{path}: no 'n_positions'")
-    config = dict(
-        n_layers=p.n_layer, n_heads=p.n_head, d_model=p.n_embd, d_ff=p.n_inner or 0, max_len=max_len,
-        vocab_size=p.vocab_size, norm_eps=p.layer_norm_epsilon, activation=activation(p.activation_function, path),
-        dropout=p.resid_pdrop, tied=p.tie_word_embeddings,
-    )  # fmt: skip
-    return from_dict(ModelConfig, config, path)
+    return read_settings(folder, "gpt2", "n_embd", GPT2_SETTINGS)
 
 
 def bert_config(folder: str | Path) -> ModelConfig:
-    """BERT's config.json as a ModelConfig, without heads. Raises UserError for settings that Bert does not have."""
-    path = Path(folder) / "config.json"
-    values = read_json(path)
-    if values.get("model_type", "bert") != "bert" or "intermediate_size" not in values:
-        raise UserError(f"{path} describes a {values.get('model_type', 'model')!r}, not a BERT")
-    p = from_dict(PublishedBert, values, path, ignore_unknown=True)
-    if p.position_embedding_type != "absolute" or p.is_decoder:
-        raise UserError(f"{path}: relative positions and decoders are not supported")
-    config = dict(
-        n_layers=p.num_hidden_layers, n_heads=p.num_attention_heads, d_model=p.hidden_size, d_ff=p.intermediate_size,
-        max_len=p.max_position_embeddings, vocab_size=p.vocab_size, n_segments=p.type_vocab_size, norm_place="post",
-        norm_eps=p.layer_norm_eps, activation=activation(p.hidden_act, path), dropout=p.hidden_dropout_prob,
-        tied=p.tie_word_embeddings, causal=False,
-    )  # fmt: skip
-    return from_dict(ModelConfig, config, path)
-
-
-def activation(name: str, path: Path) -> str:
-    if name not in ACTIVATIONS:
-        raise UserError(f"{path}: the activation {name!r} is not one that mini has ({', '.join(ACTIVATIONS)})")
-    return ACTIVATIONS[name]
+    return read_settings(folder, "bert", "intermediate_size", BERT_SETTINGS, norm_place="post", causal=False)
 
 
 def published_kind(folder: str | Path) -> str:

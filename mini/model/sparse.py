@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mini.errors import UserError
-from mini.model.transformer import Linear
+from mini.model.transformer import Embedding, Linear
 from mini.storage import weights
 
 
@@ -77,13 +77,12 @@ def set_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
     hold(model)
 
 
-def prunable(model: nn.Module) -> dict[str, Linear | nn.Embedding]:
+def prunable(model: nn.Module) -> dict[str, Linear | Embedding]:
     """{name of a weight: its layer} for the matrices that are pruned: all but positions, segments and small heads.
 
     A matrix with two places (a tied head) stands here once, with the name that files give it.
     """
-    layers = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
-    layers["stack.tokens.weight"] = model.stack.tokens
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Linear | Embedding)}
     return {name: layers[name] for name, _ in model.named_parameters() if name in layers}
 
 

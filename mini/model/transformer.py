@@ -4,6 +4,7 @@ Letters of the shapes: B batch, T time (queries), S time (keys), C channels = d_
 heads, D head size, V vocabulary.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,14 +59,15 @@ class Dropout(nn.Dropout):
 class Linear(nn.Linear):
     """y = xWᵀ + b, for all matrices that compression and Muon treat. (A head with a few outputs is an nn.Linear.)
 
-    parts: the rows of each of several matrices that are stored as one. In a compiled CPU step of a single token the
-    product is written as a sum that is fused with its surroundings: the library is slow at one bfloat16 row, and a
-    14 M model's step takes 1.1 ms instead of 1.8 (docs/log.md).
+    parts: the rows of each of several matrices that are stored as one. std: of the first values (see initialise).
+    In a compiled CPU step of a single token the product is written as a sum that is fused with its surroundings: the
+    library is slow at one bfloat16 row, and a 14 M model's step takes 1.1 ms instead of 1.8 (docs/log.md).
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, parts: list[int] | None = None, **options):
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, parts: list[int] | None = None,
+                 std: float = 0.02, **options):  # fmt: skip
         super().__init__(inputs, outputs, bias, **options)
-        self.parts = parts or [outputs]
+        self.parts, self.std = parts or [outputs], std
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
@@ -75,9 +77,42 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+class Embedding(nn.Embedding):
+    """A table looked up by token, which compression treats like a matrix. (Positions and segments: nn.Embedding.)"""
+
+    role = "embedding"
+    by_token = True
+
+
 def linear_flops(module: nn.Module) -> float:
     """Multiply-adds × 2 of all linear layers in a module, for one token."""
     return sum(2.0 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Of a matrix that adds to the residual stream: GPT-2 keeps its variance independent of depth, BERT's norms do."""
+    if config.zero_init:
+        return 0.0
+    return 0.02 * (2 * config.n_layers) ** -0.5 if config.norm_place == "pre" else 0.02
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Matrices N(0, 0.02) unless they say otherwise, biases zero (Radford et al. 2018; Devlin et al. 2019).
+
+    A weight's values are drawn from (seed, its name) alone: one layer or head more leaves all others as they were, so
+    that two arms of an ablation differ in nothing else.
+    """
+    done = set()  # a tied matrix has the name, and the values, of its first place
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
+            continue
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+        if module.weight not in done:
+            done.add(module.weight)
+            key = hashlib.sha256(f"{seed} {name}.weight".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+            nn.init.normal_(module.weight, std=getattr(module, "std", 0.02), generator=generator)
 
 
 # ---------------------------------------------------------------- positions
@@ -204,10 +239,13 @@ class Attention(nn.Module):
         self.attend = ATTENTION[config.attention]
         rows = [heads * self.head_size for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
         self.qkv = Linear(config.d_model, sum(rows), bias=config.bias, parts=rows)  # queries, keys, values
-        self.out = Linear(self.n_heads * self.head_size, config.d_model, bias=config.bias)
+        self.out = Linear(self.n_heads * self.head_size, config.d_model, bias=config.bias, std=residual_std(config))
+        self.values = Embedding(config.n_rows, rows[2]) if config.value_embeddings else None
 
-    def forward(self, x: Tensor, view: View, rope: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, C). With a cache, x are the tokens at view.positions."""
+    def forward(
+        self, x: Tensor, tokens: Tensor, view: View, rope: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """x (B, T, C), the states of tokens (B, T) -> (B, T, C). With a cache, they are those at view.positions."""
         B, T, _ = x.shape
         H, K, D = self.n_heads, self.n_kv_heads, self.head_size
         qk, v = self.qkv(x).split([(H + K) * D, K * D], dim=-1)
@@ -217,6 +255,8 @@ class Attention(nn.Module):
         if rope is not None:
             qk = rotate(qk, rope)
         q, k = qk.transpose(1, 2).split([H, K], dim=1)  # (B, H, T, D), (B, K, T, D)
+        if self.values is not None:  # parameters without arithmetic (Zhou et al. 2024; Jordan et al. 2024, NanoGPT)
+            v = v + self.values(tokens).to(v.dtype)  # (B, T, K D)
         v = v.view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, view.positions, k, v)  # (B, K, S, D)
@@ -234,7 +274,8 @@ class Attention(nn.Module):
         D, H = self.head_size, self.n_heads
         places = torch.arange(H * D).view(H, D)
         rows = torch.cat([places, places + H * D, places + 2 * H * D], dim=1)  # of queries, keys and values
-        return {"qkv.weight": (0, rows), "qkv.bias": (0, rows), "out.weight": (1, places)}
+        columns = dict.fromkeys(("out.weight", "values.weight"), (1, places))
+        return {"qkv.weight": (0, rows), "qkv.bias": (0, rows), **columns}
 
 
 class MLP(nn.Module):
@@ -247,7 +288,7 @@ class MLP(nn.Module):
         d_ff = config.layers("d_ff")[layer]
         self.gate = Linear(config.d_model, d_ff, bias=config.bias) if config.activation == "swiglu" else None
         self.up = Linear(config.d_model, d_ff, bias=config.bias)
-        self.down = Linear(d_ff, config.d_model, bias=config.bias)
+        self.down = Linear(d_ff, config.d_model, bias=config.bias, std=residual_std(config))
         self.activation = make_activation(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -279,13 +320,15 @@ class Block(nn.Module):
         self.norm2 = make_norm(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, view: View, rope: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, tokens: Tensor, view: View, rope: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """x (B, T, C) -> (B, T, C); the rest as Attention takes it."""
         if self.pre_norm:  # GPT-2: a clean residual path from embedding to head
-            x = x + self.dropout(self.attention(self.norm1(x), view, rope, cache))
+            x = x + self.dropout(self.attention(self.norm1(x), tokens, view, rope, cache))
             return x + self.dropout(self.mlp(self.norm2(x)))
         # BERT and the original Transformer: the norm stands on the residual path
-        x = self.norm1(x + self.dropout(self.attention(x, view, rope, cache)))
+        x = self.norm1(x + self.dropout(self.attention(x, tokens, view, rope, cache)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
     def flops(self, length: int) -> float:
@@ -301,8 +344,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        C, m = config.d_model, config.vocab_multiple
-        self.tokens = nn.Embedding((config.vocab_size + m - 1) // m * m, C)
+        C = config.d_model
+        self.tokens = Embedding(config.n_rows, C)
         self.positions = nn.Embedding(config.max_len, C) if config.positions == "learned" else None
         self.segments = nn.Embedding(config.n_segments, C) if config.n_segments else None
         if config.positions == "sinusoidal":
@@ -315,13 +358,6 @@ class Transformer(nn.Module):
         # Post-norm normalises the embedding instead, since its blocks end in a norm.
         self.norm = make_norm(config)
         self.checkpoint_activations = False
-        self.apply(init_weights)
-        # GPT-2 keeps the variance of its residual stream independent of depth; BERT's norms do that for it.
-        scale = (2 * config.n_layers) ** -0.5 if config.norm_place == "pre" else 1.0
-        for block in self.blocks:
-            for linear in (block.attention.out, block.mlp.down):
-                with torch.no_grad():
-                    linear.weight.mul_(0.0 if config.zero_init else scale)
 
     def forward(self, tokens: Tensor, real: Tensor | None = None, segments: Tensor | None = None,
                 positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:  # fmt: skip
@@ -352,9 +388,9 @@ class Transformer(nn.Module):
             rope = self.rope[:, at].unsqueeze(-2)  # (2, T, 1, D) or (2, B, T, 1, D)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
-                x = recompute_later(block, x, view, rope, cache, use_reentrant=False)
+                x = recompute_later(block, x, tokens, view, rope, cache, use_reentrant=False)
             else:
-                x = block(x, view, rope, cache)
+                x = block(x, tokens, view, rope, cache)
         return self.norm(x) if self.config.norm_place == "pre" else x
 
     def flops(self, length: int) -> float:
@@ -366,7 +402,11 @@ class Transformer(nn.Module):
 
 
 class Model(nn.Module):
-    """What a GPT and a BERT share beside the stack."""
+    """What a GPT and a BERT share beside the stack. Each also has
+
+    answers(inputs)             {name: logits (.., V)} of its heads for a batch's inputs, first those it is judged by
+    flops(length, predicted)    of a forward pass for one token of `length`, of which a share meets the vocabulary
+    """
 
     kind: str  # the name of its kind in run folders
     special_tokens: tuple[str, ...] = ()  # that it needs beside text
@@ -383,21 +423,13 @@ class Model(nn.Module):
         """{name: sum over real tokens} of what modules ask for in the last forward pass, whatever the task."""
         return {}
 
-    def answers(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{name: logits (.., V)} of its heads for a batch's inputs, first the one that its task is judged by."""
-        raise NotImplementedError
-
     def answer(self, inputs: dict[str, Tensor]) -> Tensor:
         """The logits that its task is judged by."""
         return next(iter(self.answers(inputs).values()))
 
-    def flops(self, length: int, predicted: float = 1.0) -> float:
-        """Of a forward pass for one token among `length`, of which the share `predicted` meets the vocabulary."""
-        raise NotImplementedError
-
     def vocabulary_weights(self) -> set[nn.Parameter]:
         """The parameters that have a row for each token."""
-        return {self.stack.tokens.weight}
+        return {module.weight for module in self.modules() if getattr(module, "by_token", False)}
 
     def num_params(self) -> int:
         """Parameters that are served, without the rows that vocab_multiple adds."""
@@ -419,11 +451,3 @@ def vocabulary_logits(scores: Tensor, config: ModelConfig) -> Tensor:
     """(..., rows of the embedding) -> (..., V): without the rows of vocab_multiple; capped if so configured."""
     scores = scores[..., : config.vocab_size]
     return config.logit_softcap * torch.tanh(scores / config.logit_softcap) if config.logit_softcap else scores
-
-
-def init_weights(module: nn.Module) -> None:
-    """N(0, 0.02), biases zero (Radford et al. 2018; Devlin et al. 2019)."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

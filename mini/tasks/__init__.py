@@ -2,6 +2,7 @@
 
 from mini.tasks.base import Task
 from mini.tasks.classify import Classification
+from mini.tasks.hidden import HiddenStates
 from mini.tasks.lm import LanguageModelling
 from mini.tasks.masked import MaskedLanguageModelling
 from mini.tasks.pairs import PromptAnswers
@@ -13,4 +14,5 @@ TASKS: dict[str, type[Task]] = {  # of those that a model can learn, the first t
     "classify": Classification,
     "pairs": PromptAnswers,
     "qa": QuestionAnswering,
+    "hidden": HiddenStates,
 }

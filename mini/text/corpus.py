@@ -5,10 +5,10 @@ document of many gigabytes takes no more memory than a small one. tokens.py turn
 """
 
 import array
-import bisect
 import codecs
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import zlib
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mini.errors import UserError, nearest
+from mini.flags import Checked, option
 from mini.text import python_docs
-from mini.text.fetch import KNOWN, fetch_known
+from mini.text.fetch import KNOWN, KnownCorpus, fetch_known
 
 READING = 1  # raise it when the same files begin to be read as other text: cached tokens are then made anew
 DEFAULT = "python-docs"
@@ -28,6 +29,19 @@ PIECE = 2**19  # characters of the longest piece of a document
 
 Fragment = tuple[bool, str]  # does a document start here?, some of its text, of any length
 Reader = Callable[[], Iterator[Fragment]]  # reads a whole corpus from its start, each time it is called
+
+
+@dataclass
+class DataConfig(Checked):
+    """Where text comes from and how it becomes tokens."""
+
+    data: str = option("python-docs", "text, .jsonl, .gz of either, a folder, a token folder, a known corpus")
+    train: str | None = option(None, "training file of the tasks that fine-tune")
+    valid: str | None = option(None, "validation file; without one, the end of --data is held out")
+    valid_fraction: float = option(0.1, "share of --data held out for validation", low=1e-6, high=0.999999)
+    separator: str | None = option(None, "what ends a document in a text file, e.g. \\n\\n; without it a file is one")
+    errors: str = option("strict", "bytes that are not UTF-8: refuse, or replace", ("strict", "replace"))
+    tokenizer: str = option("bpe", "bpe (train one), bytes, gpt2, a .tiktoken file, a WordPiece vocab.txt, or a run")
 
 
 @dataclass(frozen=True)
@@ -48,13 +62,12 @@ class TextSplit:
         A long document is cut where a tokenizer that splits at white space, as GPT-2's does, cuts it anyway:
         encoding the pieces one by one gives the tokens of the whole.
         """
-        position, first = 0, True
+        position = 0
         for starts_document, piece in cut_pieces(self.read()):
             part = piece[max(self.begin - position, 0) : max(self.end - position, 0)]
-            position += len(piece)
             if part:
-                yield starts_document or first, part
-                first = False
+                yield starts_document or position <= self.begin, part
+            position += len(piece)
             if position >= self.end:
                 return
 
@@ -77,79 +90,47 @@ class TextSplit:
             yield text
 
 
-def open_corpus(
-    data: str | list[str],
-    valid: str | None = None,
-    valid_fraction: float = 0.1,
-    separator: str | None = None,
-    errors: str = "strict",
-) -> tuple[TextSplit, TextSplit]:
+def open_corpus(config: DataConfig) -> tuple[TextSplit, TextSplit]:
     """Opens a corpus as (train, validation). Reads files once from end to end, to check and to measure them.
 
-    data: "python-docs", the name of a known corpus (fetched if need be), a text file, a .jsonl file (each
+    config.data: "python-docs", the name of a known corpus (fetched if need be), a text file, a .jsonl file (each
         line {"text": ...} is one document), either of them as .gz, or a folder of these, where hidden files
         do not count. What exists as a path is taken as a path. A list of paths is read one after another.
-    valid: the same, for validation. Without it, known corpora are split as everybody splits them; else the
-        last documents with about `valid_fraction` of the bytes are held out, or so much of a single one.
-    separator: ends a document within a text file, e.g. "<|endoftext|>". Without it, a file is one document.
-    errors: "strict" refuses text that is not UTF-8, "replace" reads U+FFFD in its place.
+    config.valid: the same. Without it, known corpora are split as everybody splits them; else the last documents
+        with about `valid_fraction` of the bytes are held out, or so much of a single one.
 
     Raises UserError, with file and place, where there is no text or not in the form that was promised.
     """
-    if errors not in ("strict", "replace"):
-        raise UserError(f"--errors {errors}: must be strict or replace")
-    if not 0 < valid_fraction < 1:
-        raise UserError(f"--valid_fraction {valid_fraction}: must lie between 0 and 1, e.g. 0.1")
-
-    read = open_reader(data, separator, errors)
-    if is_known(data):
-        train_end, end = KNOWN[data].train_end, KNOWN[data].valid_end
+    read, known = open_reader(config.data, config)
+    if known:
+        cut, end = known.train_end, known.valid_end
     else:
-        end, starts = measure(read, data)
-        train_end = end if valid else choose_cut(read, data, end, starts, valid_fraction)
-    train = TextSplit(read, 0, train_end)
-    if not valid:
-        return train, TextSplit(read, train_end, end)
-
-    read = open_reader(valid, separator, errors)
-    if is_known(valid):
-        return train, TextSplit(read, KNOWN[valid].train_end, KNOWN[valid].valid_end)
-    return train, TextSplit(read, 0, measure(read, valid)[0])
+        end, starts = measure(read, config.data)
+        cut = end if config.valid else choose_cut(read, config.data, end, starts, config.valid_fraction)
+    train, valid = TextSplit(read, 0, cut), TextSplit(read, cut, end)
+    if config.valid:
+        read, known = open_reader(config.valid, config)
+        begin, end = (known.train_end, known.valid_end) if known else (0, measure(read, config.valid)[0])
+        valid = TextSplit(read, begin, end)
+    return train, valid
 
 
-def fingerprint(
-    data: str | list[str],
-    valid: str | None = None,
-    valid_fraction: float = 0.1,
-    separator: str | None = None,
-    errors: str = "strict",
-) -> str:
-    """Returns a SHA-256 of what decides the text that `open_corpus` gives for these arguments; fast.
-
-    A file counts by place, size and time of change. Together with the tokenizer's fingerprint this names a
-    folder of cached tokens. Raises UserError where there is no such corpus.
-    """
-    sources = [identify(data), identify(valid) if valid else None]
-    described = [READING, sources, valid_fraction, separator or None, errors]
+def fingerprint(config: DataConfig) -> str:
+    """A SHA-256 of what decides the text that `open_corpus` gives. Fast: a file counts by place, size and time."""
+    sources = [identify(config.data), identify(config.valid) if config.valid else None]
+    described = [READING, sources, config.valid_fraction, config.separator or None, config.errors]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def identify(data: str | list[str]) -> object:
-    if paths := existing(data):
-        files = [(str(file.resolve()), file.stat()) for path in paths for file in list_files(path)]
-        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-    if data == DEFAULT:
-        return python_docs.fingerprint()
-    if data in KNOWN:
-        return astuple(KNOWN[data])
-    raise no_such(data)
+    if files := find_files(data):
+        return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return python_docs.fingerprint() if data == DEFAULT else astuple(KNOWN[data])
 
 
-# --- Splitting ----------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- splitting
 def measure(read: Reader, data: str) -> tuple[int, array.array]:
-    """Returns how many bytes a corpus has, and the byte at which each of its documents starts."""
+    """How many bytes a corpus has, and the byte at which each of its documents starts."""
     n_bytes, starts = 0, array.array("Q")
     for starts_document, piece in cut_pieces(read()):
         if starts_document:
@@ -161,12 +142,10 @@ def measure(read: Reader, data: str) -> tuple[int, array.array]:
 
 
 def choose_cut(read: Reader, data: str, n_bytes: int, starts: array.array, valid_fraction: float) -> int:
-    """Returns the byte where validation begins: where a document does or, with only one, a character."""
+    """The byte where validation begins: where a document does or, with only one, a character."""
     target = max(int(n_bytes * (1 - valid_fraction)), 1)
     if len(starts) > 1:
-        after = min(max(bisect.bisect_left(starts, target), 1), len(starts) - 1)
-        before = max(after - 1, 1)
-        return min(starts[before], starts[after], key=lambda start: abs(start - target))
+        return min(starts[1:], key=lambda start: abs(start - target))
     position = 0
     for _, piece in cut_pieces(read()):
         at = max(target - position, 0)
@@ -178,54 +157,40 @@ def choose_cut(read: Reader, data: str, n_bytes: int, starts: array.array, valid
     raise UserError(f"{data}: {n_bytes} bytes are too few to hold some out; give more text, or --valid")
 
 
-# --- From files to documents --------------------------------------------------------------------------------
+# ---------------------------------------------------------------- from files to documents
+def find_files(data: str | list[str]) -> list[Path]:
+    """The files at a path, or at several; none if `data` is the name of a corpus. Raises UserError if it is neither.
+
+    A folder is all files below it in the order of their names, but for hidden ones.
+    """
+    names, files = [DEFAULT, *KNOWN], []
+    if data in names and not Path(data).exists():
+        return []
+    for path in map(Path, [data] if isinstance(data, str) else data):
+        if not path.exists():
+            known = f"a corpus that is known by name ({', '.join(names)}){nearest(str(path), names)}"
+            raise UserError(f"{path}: no such file or folder, nor {known}")
+        inside = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        found = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
+        if not found:
+            raise UserError(f"{path}: there is no text in it")
+        files += found
+    return files
 
 
-def existing(data: str | list[str]) -> list[Path]:
-    """The files and folders that `data` names, or none if it is no path. Of several, all must be there."""
-    paths = [Path(name) for name in ([data] if isinstance(data, str) else data)]
-    missing = [path for path in paths if not path.exists()]
-    if missing and len(paths) > 1:
-        raise no_such(missing[0])
-    return [] if missing else paths
-
-
-def is_known(data: str | list[str]) -> bool:
-    return not existing(data) and data in KNOWN
-
-
-def no_such(data: str | Path) -> UserError:
-    names = [DEFAULT, *KNOWN]
-    hint = nearest(str(data), names)
-    return UserError(f"{data}: no such file or folder, nor a corpus that is known by name ({', '.join(names)}){hint}")
-
-
-def open_reader(data: str | list[str], separator: str | None, errors: str) -> Reader:
-    if paths := existing(data):
-        files = [file for path in paths for file in list_files(path)]
-        if separator:  # a shell hands over \n as it is typed
-            separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+def open_reader(data: str | list[str], config: DataConfig) -> tuple[Reader, KnownCorpus | None]:
+    """A reader of `data`, and what is known of it by its name."""
+    if files := find_files(data):
+        # A shell hands over \n as it is typed.
+        separator = (config.separator or "").replace("\\n", "\n").replace("\\t", "\t")
         mark = (separator, 0, len(separator)) if separator else None
-        return lambda: read_files(files, mark, errors)
+        return (lambda: read_files(files, mark, config.errors)), None
     if data == DEFAULT:
         documents = python_docs.documents()
-        return lambda: ((True, text) for text in documents)
-    if data in KNOWN:
-        files, start = [fetch_known(data)], KNOWN[data].document_start
-        mark = (f"\n{start}", 1, 1) if start else None  # the line break still belongs to the document before
-        return lambda: read_files(files, mark, errors)
-    raise no_such(data)
-
-
-def list_files(path: Path) -> list[Path]:
-    """A file is itself; a folder is all files below it in the order of their names, but for hidden ones."""
-    if path.is_file():
-        return [path]
-    inside = sorted((file.relative_to(path).parts, file) for file in path.rglob("*") if file.is_file())
-    files = [file for parts, file in inside if not any(part.startswith(".") for part in parts)]
-    if not files:
-        raise UserError(f"{path}: there is no text in it")
-    return files
+        return (lambda: ((True, text) for text in documents)), None
+    files, start = [fetch_known(data)], KNOWN[data].document_start
+    mark = (f"\n{start}", 1, 1) if start else None  # the line break still belongs to the document before
+    return (lambda: read_files(files, mark, config.errors)), KNOWN[data]
 
 
 def read_files(files: list[Path], mark: tuple[str, int, int] | None, errors: str) -> Iterator[Fragment]:
@@ -256,8 +221,7 @@ def decode(file: BinaryIO, path: Path, errors: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             at = f"byte {position + error.start} (0x{rest[error.start]:02x})"
             raise UserError(f"{path}: not UTF-8 at {at}; convert it, or use --errors replace") from None
-        if text:
-            yield text
+        yield text
         if not block:
             return
         position, rest = position + used, rest[used:]
@@ -265,7 +229,7 @@ def decode(file: BinaryIO, path: Path, errors: str) -> Iterator[str]:
 
 def read_jsonl(file: BinaryIO, path: Path, errors: str) -> Iterator[Fragment]:
     for number, line in enumerate(file, 1):
-        line = line.removeprefix(codecs.BOM_UTF8).strip()
+        line, place = line.removeprefix(codecs.BOM_UTF8).strip(), f"{path}:{number}"
         if not line:
             continue
         try:
@@ -273,13 +237,11 @@ def read_jsonl(file: BinaryIO, path: Path, errors: str) -> Iterator[Fragment]:
             # JSON can spell half a character, "\ud83d"; UTF-8 cannot.
             text = text.encode(errors=errors).decode()
         except UnicodeError as error:
-            raise UserError(
-                f"{path}:{number}: not UTF-8 ({error.reason}); convert it, or use --errors replace"
-            ) from None
+            raise UserError(f"{place}: not UTF-8 ({error.reason}); convert it, or use --errors replace") from None
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
+            raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
         except (KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f'{path}:{number}: not of the form {{"text": "..."}}') from None
+            raise UserError(f'{place}: not of the form {{"text": "..."}}') from None
         yield True, text
 
 
@@ -300,13 +262,11 @@ def split_documents(texts: Iterable[str], mark: str, end: int, begin: int) -> It
     yield starts_document, held
 
 
-# --- From documents to pieces -------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- from documents to pieces
 def cut_pieces(fragments: Iterable[Fragment]) -> Iterator[tuple[bool, bytes]]:
     """Joins and cuts fragments to (starts_document, UTF-8). A document of mere white space is left out."""
     starts_document, held = True, ""  # text of the present document that has not been yielded yet
-    for starts_another, text in fragments:
+    for starts_another, text in itertools.chain(fragments, [(True, "")]):  # the last one ends as if another began
         if starts_another:
             if held and not (starts_document and held.isspace()):
                 yield starts_document, held.encode()
@@ -318,8 +278,6 @@ def cut_pieces(fragments: Iterable[Fragment]) -> Iterator[tuple[bool, bytes]]:
             yield starts_document, held[begin:end].encode()
             starts_document, begin = False, end
         held = held[begin:]
-    if held and not (starts_document and held.isspace()):
-        yield starts_document, held.encode()
 
 
 # Tokenizers that split at white space have no token from a visible character into the white space behind it.
@@ -330,7 +288,7 @@ VISIBLE_THEN_SPACE = re.compile(r"(?s:.*)\S(?=[ \n])")
 
 
 def last_safe_cut(text: str) -> int:
-    """Returns the last place where a cut does not change a text's tokens, or its end where there is none."""
+    """The last place where a cut does not change a text's tokens, or its end where there is none."""
     tail = max(0, len(text) - 2**16)  # a good place near the end is better than the best one far from it
     for pattern, begin in ((WORD_THEN_LINE, tail), (WORD_THEN_SPACE, tail), (VISIBLE_THEN_SPACE, 0)):
         if found := pattern.match(text, begin):

@@ -1,16 +1,15 @@
 """Corpora that are known by a name: fetched once, checked, and kept."""
 
-import contextlib
 import gzip
 import hashlib
 import http.client
 import os
+import shutil
 import ssl
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,12 +19,9 @@ from tqdm import tqdm
 from mini.errors import UserError
 from mini.storage import atomic_file
 
-BLOCK = 2**20  # bytes read at a time
 ATTEMPTS = 20  # times a transfer that broke off is taken up again, as long as each brings more of it
 TIMEOUT = 30  # seconds without a byte
-NETWORK_ERRORS = (
-    urllib.error.URLError, http.client.HTTPException, ConnectionError, ssl.SSLError, TimeoutError
-)  # fmt: skip
+NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, ssl.SSLError, TimeoutError)
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,11 @@ KNOWN = {
 
 def cache_folder() -> Path:
     """Where things are kept that can be had or made again: $MINI_CACHE, or ~/.cache/mini."""
-    folder = os.environ.get("MINI_CACHE")
-    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "mini"
+    return Path(os.environ.get("MINI_CACHE") or "~/.cache/mini").expanduser()
 
 
 def fetch_known(name: str) -> Path:
-    """Returns the unpacked file of a known corpus, from the cache folder or else from its address.
+    """The unpacked file of a known corpus, from the cache folder or else from its address.
 
     Without a network, put it into the cache folder by hand: as NAME.txt or NAME, or packed, as NAME.zip or
     NAME.gz. One process at a time may fetch. Raises UserError where it cannot be had, or is something else.
@@ -90,22 +85,15 @@ def fetch_known(name: str) -> Path:
 def fetch_into(folder: Path, name: str) -> Path:
     known, target, part = KNOWN[name], folder / f"{name}.txt", folder / f"{name}.part"
     folder.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        with open(target, "rb") as file:
-            if wrong := difference(file, known):
-                raise UserError(f"{target}: not {name} ({wrong}); remove the file to have it fetched anew")
-        return target
-
-    for ending in (".zip", ".gz", ".txt.gz", ""):
-        given = folder / f"{name}{ending}"
+    for given in [target, *(folder / f"{name}{ending}" for ending in (".zip", ".gz", ".txt.gz", ""))]:
         if given.is_file():
-            if wrong := unpack(given, target, known):
+            wrong = difference(given, known) if given == target else unpack(given, target, known)
+            if wrong:
                 raise UserError(f"{given}: not {name} ({wrong}); remove the file to have it fetched anew")
             return target
-
     if failure := download(known.url, part):
         packed = folder / (name + Path(known.url).suffix)
-        places = f"{target}" if packed == target else f"{packed}, or unpacked at {target}"
+        places = target if packed == target else f"{packed}, or unpacked at {target}"
         raise UserError(
             f"{name}: cannot fetch {known.url} ({failure}); try again to go on, or put that file "
             f"({known.size:,} bytes when unpacked) at {places}, or give a path as --data"
@@ -134,11 +122,9 @@ def download(url: str, part: Path) -> str | None:
                 begin = have if answer.status == 206 else 0
                 length = answer.headers.get("Content-Length")
                 total = begin + int(length) if length else None
-                shown = {"desc": part.stem, "unit": "B", "unit_scale": True, "disable": None}
-                with open(part, "ab" if begin else "wb") as file, tqdm(total=total, initial=begin, **shown) as bar:
-                    while block := answer.read(BLOCK):
-                        file.write(block)
-                        bar.update(len(block))
+                shown = dict(total=total, initial=begin, desc=part.stem, disable=None)
+                with open(part, "ab" if begin else "wb") as file, tqdm.wrapattr(answer, "read", **shown) as watched:
+                    shutil.copyfileobj(watched, file)
             arrived = part.stat().st_size
             if total is None or arrived == total:  # a connection that broke looks like a file's end
                 return None
@@ -162,39 +148,28 @@ def unpack(packed: Path, target: Path, known: KnownCorpus) -> str | None:
     try:
         with open_unpacked(packed) as file, atomic_file(target) as temporary:
             with open(temporary, "wb") as copy:
-                wrong = difference(file, known, copy)
-            if wrong:
+                shutil.copyfileobj(file, copy)
+            if wrong := difference(temporary, known):
                 raise ValueError(wrong)  # leaves atomic_file before it gives the file its name
     except (ValueError, EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile) as error:
         return str(error)
     return None
 
 
-@contextlib.contextmanager
-def open_unpacked(path: Path) -> Iterator[BinaryIO]:
+def open_unpacked(path: Path) -> BinaryIO:
     with open(path, "rb") as file:
         start = file.read(4)
     if start == b"PK\x03\x04":
-        with zipfile.ZipFile(path) as archive:
-            largest = max(archive.infolist(), key=lambda member: member.file_size)
-            with archive.open(largest) as file:
-                yield file
-    else:
-        with gzip.open(path) if start[:2] == b"\x1f\x8b" else open(path, "rb") as file:
-            yield file
+        archive = zipfile.ZipFile(path)
+        return archive.open(max(archive.infolist(), key=lambda member: member.file_size))
+    return gzip.open(path) if start[:2] == b"\x1f\x8b" else open(path, "rb")
 
 
-def difference(file: BinaryIO, known: KnownCorpus, copy: BinaryIO | None = None) -> str | None:
-    """Reads a file to its end and writes it to `copy`. Returns how it differs from the known one, or None."""
-    algorithm, expected = known.checksum.split(":")
-    digest, size = hashlib.new(algorithm, usedforsecurity=False), 0
-    while block := file.read(BLOCK):
-        digest.update(block)
-        size += len(block)
-        if copy:
-            copy.write(block)
+def difference(path: Path, known: KnownCorpus) -> str | None:
+    """How a file differs from the known one, or None."""
+    size, (algorithm, expected) = path.stat().st_size, known.checksum.split(":")
     if size != known.size:
         return f"{size:,} bytes instead of {known.size:,}"
-    if digest.hexdigest() != expected:
-        return f"{algorithm} {digest.hexdigest()} instead of {expected}"
-    return None
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
+    return None if digest == expected else f"{algorithm} {digest} instead of {expected}"

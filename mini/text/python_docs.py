@@ -20,17 +20,17 @@ from pathlib import Path
 from mini.errors import UserError
 
 SKIPPED = {"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "turtledemo"}
+TOPICS = "pydoc_data/topics.py"
 LONG = 60  # characters from which a paragraph that stands in two places is a copy and no coincidence
 
 
 def documents(library: Path | None = None) -> list[str]:
-    """Returns the texts: one per module with its docstrings, one per topic of Python's help.
+    """The texts: one per module with its docstrings, one per topic of Python's help.
 
     They are ordered by a hash of their names, so the last ones are like the others. No long paragraph stands
     in two of them: what is held out, in whole documents, is not seen in training.
 
-    library: a folder with the standard library's sources; this Python's, if none is given.
-    Raises UserError where there are no sources.
+    library: the folder of a standard library's sources; this Python's by default. Raises UserError without sources.
     """
     library = library or standard_library()
     texts: dict[str, str] = {}
@@ -41,9 +41,10 @@ def documents(library: Path | None = None) -> list[str]:
         long = long_paragraphs(topics[name])
         if len(long & seen) <= len(long) / 2:
             texts[f"topic {name}"] = without_copies(topics[name], seen)
-    for path in source_files(library):
-        name = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
-        entries = [(heading, without_copies(text, seen)) for heading, text in read_docstrings(path, name)]
+    for name, path in modules(library).items():
+        module = parse(path)
+        entries = [(name, ast.get_docstring(module) or ""), *definitions(module, name)]
+        entries = [(heading, without_copies(text, seen)) for heading, text in entries]
         texts[f"module {name}"] = "\n\n".join(f"{heading}\n\n{text}" for heading, text in entries if text)
     names = sorted((name for name in texts if texts[name]), key=name_hash)
     if not names:
@@ -57,10 +58,10 @@ def name_hash(name: str) -> bytes:
 
 
 def fingerprint() -> str:
-    """Returns a SHA-256 of this Python's version and the files that `documents` reads."""
+    """A SHA-256 of this Python's version and the files that `documents` reads."""
     library = standard_library()
     digest = hashlib.sha256(sys.version.encode())
-    for path in [topics_file(library), *source_files(library)]:
+    for path in [library / TOPICS, *modules(library).values()]:
         if path.is_file():
             digest.update(f"\n{path.relative_to(library)} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes())
@@ -71,22 +72,21 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def topics_file(library: Path) -> Path:
-    return library / "pydoc_data" / "topics.py"
-
-
-def source_files(library: Path) -> list[Path]:
-    """The library's modules in the order of their names; distributions may have left some of them out."""
+def modules(library: Path) -> dict[str, Path]:
+    """{name: file} of the library's modules, sorted by file; distributions may have left some of them out."""
     paths = []
     for folder, subfolders, files in os.walk(library):
         # Only what can be imported: site-packages may be huge. What is taken out here is not entered.
         subfolders[:] = [name for name in subfolders if name.isidentifier() and name not in SKIPPED]
         paths += [Path(folder, name) for name in files if name.endswith(".py") and name[:-3].isidentifier()]
-    return sorted(paths)
+    return {
+        ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(paths)
+    }
 
 
 def parse(path: Path) -> ast.Module:
-    """Returns a file's syntax tree, an empty one where it has none."""
+    """A file's syntax tree, an empty one where it has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd escapes in the library's own strings
@@ -97,20 +97,14 @@ def parse(path: Path) -> ast.Module:
 
 def read_topics(library: Path) -> dict[str, str]:
     """The texts behind help("topics"); in their file stands `topics = {"name": "text", ...}`."""
-    for node in parse(topics_file(library)).body:
+    for node in parse(library / TOPICS).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "topics":
             return ast.literal_eval(node.value)
     return {}
 
 
-def read_docstrings(path: Path, name: str) -> Iterator[tuple[str, str]]:
-    """Yields (heading, docstring) of a module and all that is defined in it, in the order of the file."""
-    module = parse(path)
-    yield name, ast.get_docstring(module) or ""
-    yield from definitions(module, name)
-
-
 def definitions(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """(heading, docstring) of all that is defined in a module or class of this name, in the order of the file."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             if docstring := ast.get_docstring(child):
@@ -132,7 +126,7 @@ def long_paragraphs(text: str) -> set[str]:
 
 
 def without_copies(text: str, seen: set[str]) -> str:
-    """Returns a text without the long paragraphs that are in `seen`, and adds its own to them."""
+    """A text without the long paragraphs that are in `seen`, and adds its own to them."""
     long = long_paragraphs(text)
     if long and long <= seen:  # what is left are the headings and examples of a text that stands elsewhere
         return ""
@@ -143,7 +137,7 @@ def without_copies(text: str, seen: set[str]) -> str:
 
 # ---------------------------------------------------------------- questions
 def questions(split: str, library: Path | None = None) -> dict:
-    """Returns a data set in the form of SQuAD v1.1 (Rajpurkar et al. 2016): which name has this description?
+    """A data set in the form of SQuAD v1.1 (Rajpurkar et al. 2016): which name has this description?
 
     A context lists six or seven neighbouring functions, methods and classes as `name: description`, in an order
     drawn by their hashes. A question is one of the descriptions, its id the full name, its answer the name.
@@ -181,8 +175,7 @@ def descriptions(library: Path) -> tuple[tuple[str, str, str], ...]:
     and none of the validation's is in training.
     """
     found = {}
-    for path in source_files(library):
-        module = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
+    for module, path in modules(library).items():
         for heading, docstring in definitions(parse(path), module):
             full = heading.removeprefix("class ").split("(")[0]
             name = full.split(".")[-1]

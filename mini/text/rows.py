@@ -20,9 +20,8 @@ def read_rows(path: str | Path, columns: list[str], optional: tuple[str, ...] = 
         raise UserError(f"{path}: no such file")
     if path.suffix not in (".tsv", ".csv", ".jsonl"):
         raise UserError(f"{path}: expected .tsv or .csv with a header, or .jsonl")
-    content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")  # with or without a byte-order mark
+        text = path.read_bytes().decode("utf-8-sig")  # with or without a byte-order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start:,} is not UTF-8: convert the file") from None
     if path.suffix == ".jsonl":

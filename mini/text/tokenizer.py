@@ -24,7 +24,7 @@ import tiktoken
 from tqdm import tqdm
 
 from mini.errors import UserError
-from mini.storage import read_json, write_text
+from mini.storage import read_json
 from mini.text.tokenizer_base import END_OF_TEXT, SPACE, ByteTokenizer, Tokenizer, blocks, character_classes, to_bytes
 from mini.text.wordpiece import WordPieceTokenizer, load_vocab, load_wordpiece
 
@@ -33,9 +33,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 MAX_ID = 2**24  # a larger id means a damaged file
 
 
-# ---- splitting -------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- splitting
 @functools.cache
 def gpt2_splitter() -> re.Pattern:
     r"""GPT2_PATTERN for Python's `re`, which has no \p{L} (letters) and \p{N} (numbers).
@@ -56,9 +54,7 @@ def gpt2_splitter() -> re.Pattern:
     return re.compile(pattern)
 
 
-# ---- training --------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- training
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True, added: int = 0) -> "BPETokenizer":
     """Learns a byte-level BPE vocabulary from text (Sennrich et al. 2016, Algorithm 1).
 
@@ -69,11 +65,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True, adde
     tokens, which come on top of vocab_size, are counted in its message.
     """
     if vocab_size < 257:
-        raise UserError(
-            f"--vocab_size {vocab_size + added}: must be at least {257 + added} (256 bytes, {END_OF_TEXT} ..)"
-        )
+        least = f"must be at least {257 + added} (256 bytes, {END_OF_TEXT} ..)"
+        raise UserError(f"--vocab_size {vocab_size + added}: {least}")
     hidden = None if progress else True  # None: tqdm shows itself on a terminal only
-
     # No merge crosses a piece, so one that occurs a thousand times is looked at once and counts thousandfold.
     pieces: Counter[str] = Counter()
     with tqdm(desc="counting words", unit=" chars", unit_scale=True, delay=1, disable=hidden) as bar:
@@ -81,7 +75,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True, adde
             for block in blocks(text):
                 pieces.update(gpt2_splitter().findall(block))
                 bar.update(len(block))
-
     # All pieces lie one after another in flat arrays, at first a byte per place. `before` and `after` link
     # the places of a piece, -1 at its ends: a merge keeps the left place, unlinks the right, moves nothing.
     symbol, times, before, after = array("i"), array("q"), array("q"), array("q")
@@ -91,7 +84,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True, adde
         times.extend([n] * len(data))
         before.extend([-1, *range(start, start + len(data) - 1)])
         after.extend([*range(start + 1, start + len(data)), -1])
-
     # How often each pair of neighbours occurs, and at which (left) places. No place is ever taken out of
     # `where`: one that has lost the pair is recognised when its turn comes.
     count: dict[tuple[int, int], int] = defaultdict(int)
@@ -101,7 +93,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True, adde
             pair = symbol[i], symbol[j]
             count[pair] += times[i]
             where[pair].append(i)
-
     # The heap's top is the most frequent pair. Merges lower the counts of other pairs without telling it: its
     # numbers are upper bounds, and a pair that comes out with too high a one goes back with the true one.
     heap = [(-n, pair) for pair, n in count.items()]
@@ -115,13 +106,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True, adde
             if count[pair] > 0:
                 heapq.heappush(heap, (-count[pair], pair))
             continue
-
         # Never do two pairs spell the same bytes (ab+c, a+bc): what becomes one token does so everywhere.
         left, right = pair
         new = len(tokens)
         tokens.append(tokens[left] + tokens[right])
         bar.update()
-
         grown = set()
         for i in where.pop(pair):  # from left to right, so aaa becomes aa a
             j = after[i]
@@ -144,7 +133,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True, adde
             if count[pair] > 0:  # in aaaa, aa+a comes and goes within one merge
                 heapq.heappush(heap, (-count[pair], pair))
     bar.close()
-
     most = len(tokens) + 1
     if most < vocab_size:
         size, most = vocab_size + added, most + added
@@ -152,9 +140,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True, adde
     return BPETokenizer({token: i for i, token in enumerate(tokens)}, {END_OF_TEXT: len(tokens)})
 
 
-# ---- tokenizers ------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- tokenizers
 class BPETokenizer(Tokenizer):
     """Byte-level BPE as in GPT-2, encoded by tiktoken.
 
@@ -163,7 +149,7 @@ class BPETokenizer(Tokenizer):
              pieces of GPT-2's (see `blocks`), so another pattern should not join what that one parts.
     """
 
-    kind = "bpe"
+    kind, vocab_file = "bpe", "tokenizer.tiktoken"
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], pattern: str = GPT2_PATTERN):
         super().__init__(ranks.items(), special)
@@ -189,24 +175,17 @@ class BPETokenizer(Tokenizer):
                 arrays.append(self.byte_ids[stray])
         return np.concatenate(arrays)
 
-    def ranks_text(self) -> str:
+    def vocab_text(self) -> str:
         """The .tiktoken format: for each token, by rank, a line of its base64, a space, its rank."""
         lines = sorted((rank, base64.b64encode(token).decode()) for token, rank in self.ranks.items())
         return "".join(f"{token} {rank}\n" for rank, token in lines)
 
     def description(self) -> dict:
-        checksum = hashlib.sha256(self.ranks_text().encode()).hexdigest()
+        checksum = hashlib.sha256(self.vocab_text().encode()).hexdigest()
         return super().description() | {"pattern": self.pattern, "ranks_sha256": checksum}
 
-    def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.tiktoken, then tokenizer.json with its checksum."""
-        write_text(Path(folder) / "tokenizer.tiktoken", self.ranks_text())
-        super().save(folder)
 
-
-# ---- opening ---------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- opening
 def make_tokenizer(
     spec: str, texts: Callable[[], Iterable[str]], vocab_size: int, special: Sequence[str] = ()
 ) -> Tokenizer:
@@ -215,27 +194,24 @@ def make_tokenizer(
     `texts` and `vocab_size`, in which the special tokens are counted, are used only to train one ("bpe").
     """
     if spec == "bpe":
-        return train_bpe(texts(), vocab_size - len(special), added=len(special)).with_special(special)
-    return open_tokenizer(spec).with_special(special)
-
-
-def open_tokenizer(spec: str) -> Tokenizer:
-    if spec == "bytes":
-        return ByteTokenizer()
-    if spec == "gpt2":
-        return download_gpt2()
-    path = Path(spec)
-    if path.is_dir():
-        return load_tokenizer(path)
-    if path.suffix == ".tiktoken":
-        ranks = load_ranks(path)
-        return BPETokenizer(ranks, {END_OF_TEXT: max(ranks.values()) + 1})
-    if path.suffix == ".txt":
-        return load_wordpiece(path)
-    raise UserError(
-        f"--tokenizer {spec}: no such tokenizer; possible are bpe, bytes, gpt2, a .tiktoken file, a WordPiece "
-        "vocab.txt, the folder of a run, a folder with published weights of GPT-2 (vocab.json) or BERT (vocab.txt)"
-    )
+        made = train_bpe(texts(), vocab_size - len(special), added=len(special))
+    elif spec == "bytes":
+        made = ByteTokenizer()
+    elif spec == "gpt2":
+        made = download_gpt2()
+    elif Path(spec).is_dir():
+        made = load_tokenizer(spec)
+    elif spec.endswith(".tiktoken"):
+        ranks = load_ranks(spec)
+        made = BPETokenizer(ranks, {END_OF_TEXT: max(ranks.values()) + 1})
+    elif spec.endswith(".txt"):
+        made = load_wordpiece(Path(spec))
+    else:
+        raise UserError(
+            f"--tokenizer {spec}: no such tokenizer; possible are bpe, bytes, gpt2, a .tiktoken file, a WordPiece "
+            "vocab.txt, the folder of a run, a folder with published weights of GPT-2 (vocab.json) or BERT (vocab.txt)"
+        )
+    return made.with_special(special)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -259,23 +235,23 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def load_saved(path: Path, saved: dict) -> Tokenizer:
     """What `Tokenizer.save` wrote; `saved` is the content of tokenizer.json."""
-    beside = {"bytes": None, "bpe": "tokenizer.tiktoken", "wordpiece": "vocab.txt"}
-    kind = saved["kind"]
-    if kind not in beside:
-        raise UserError(f"{path}: unknown kind of tokenizer {kind!r}; known are 'bytes', 'bpe' and 'wordpiece'")
     try:
-        if kind == "bytes":
+        if saved["kind"] == "bytes":
             tokenizer = ByteTokenizer(saved["special"])
-        elif kind == "bpe":
-            tokenizer = BPETokenizer(load_ranks(path.with_name(beside[kind])), saved["special"], saved["pattern"])
-        else:
-            vocab = load_vocab(path.with_name(beside[kind]))
+        elif saved["kind"] == "bpe":
+            ranks = load_ranks(path.with_name(BPETokenizer.vocab_file))
+            tokenizer = BPETokenizer(ranks, saved["special"], saved["pattern"])
+        elif saved["kind"] == "wordpiece":
+            vocab = load_vocab(path.with_name(WordPieceTokenizer.vocab_file))
             tokenizer = WordPieceTokenizer(vocab, saved["lowercase"], saved["special"])
+        else:
+            known = "known are 'bytes', 'bpe' and 'wordpiece'"
+            raise UserError(f"{path}: unknown kind of tokenizer {saved['kind']!r}; {known}")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the run again") from None
     if tokenizer.description() != saved:
-        wrong = f"does not fit the {beside[kind]} beside it; copy both from one run" if beside[kind] else "damaged"
-        raise UserError(f"{path}: {wrong}")
+        unlike = f"does not fit the {tokenizer.vocab_file} beside it; copy both from one run"
+        raise UserError(f"{path}: {unlike if tokenizer.vocab_file else 'damaged'}")
     return tokenizer
 
 
@@ -297,11 +273,8 @@ def load_ranks(path: str | Path) -> dict[bytes, int]:
 
 
 def load_published_gpt2(path: Path, vocab: dict[str, int]) -> BPETokenizer:
-    """The vocabulary published with GPT-2, {token: id}, each byte of a token shown as a printable character.
-
-    Ids are taken as ranks: GPT-2 numbers its tokens in the order of its merges.
-    """
-    # Printable bytes stand for themselves, the others are U+0100, U+0101, .., so a space is Ġ (U+0120): the
+    """The vocabulary published with GPT-2, {token: id}. Its ids are ranks: they follow the order of its merges."""
+    # A printable byte of a token stands for itself, the others are U+0100, U+0101, .., so a space is Ġ (U+0120): the
     # function bytes_to_unicode in OpenAI's encoder.py.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -317,8 +290,7 @@ def load_published_gpt2(path: Path, vocab: dict[str, int]) -> BPETokenizer:
 
 def checked_ranks(entries: list[tuple[str, bytes, int]], path: str | Path) -> dict[bytes, int]:
     """{token: rank} from (place, token, rank). Raises UserError unless they give every text one code."""
-    ranks: dict[bytes, int] = {}
-    taken = set()
+    ranks, taken = {}, set()
     for place, token, rank in entries:
         if not isinstance(rank, int) or not 0 <= rank < MAX_ID:
             raise UserError(f"{place}: token {token!r} has rank {rank!r}; it should be in 0..{MAX_ID - 1}")
@@ -326,9 +298,8 @@ def checked_ranks(entries: list[tuple[str, bytes, int]], path: str | Path) -> di
             raise UserError(f"{place}: token {token!r} or its rank {rank} is there for the second time")
         ranks[token] = rank
         taken.add(rank)
-    for b in range(256):
-        if bytes([b]) not in ranks:
-            raise UserError(f"{path}: no token for the byte 0x{b:02x}; a byte-level vocabulary has all 256")
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+        raise UserError(f"{path}: no token for the byte 0x{missing[0]:02x}; a byte-level vocabulary has all 256")
     return ranks
 
 

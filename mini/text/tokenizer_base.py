@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mini.errors import UserError
-from mini.storage import write_json
+from mini.storage import write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 # Unicode's White_Space, which is tiktoken's \s. Python's \s has four control characters (x1c-x1f) more.
@@ -24,9 +24,7 @@ BLOCK = 100_000  # characters
 WORD_BYTES = {b for b in range(256) if b >= 0x80 or chr(b).isalnum()}  # an accent or a character of any script too
 
 
-# ---- text ------------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- text
 @functools.cache
 def character_classes() -> dict[str, str]:
     """For each category of Unicode ("Lu", "Nd", ..), its characters as ranges to stand in a [..] of `re`."""
@@ -58,13 +56,12 @@ def to_bytes(text: str | bytes) -> bytes:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-# ---- tokenizers ------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- tokenizers
 class Tokenizer:
     """What all tokenizers share: the table of what each id stands for, decoding, saving.
 
     kind          "bytes", "bpe" or "wordpiece"
+    vocab_file    the file beside tokenizer.json with vocab_text(), "" for a kind that needs none
     lossless      whether a text's tokens add up to the text; WordPiece drops white space, accents, ..
     vocab_size    ids are 0 .. vocab_size - 1
     special       {name: id} of the tokens that stand for no text
@@ -74,6 +71,7 @@ class Tokenizer:
 
     kind: str
     lossless = True
+    vocab_file = ""
 
     def __init__(self, tokens: Iterable[tuple[bytes, int]], special: dict[str, int]):
         tokens = list(tokens)
@@ -161,7 +159,9 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(self.description(), sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json. The same tokenizer gives the same bytes."""
+        """Writes the vocab_file, if any, then tokenizer.json with its checksum. Same tokenizer, same bytes."""
+        if self.vocab_file:
+            write_text(Path(folder) / self.vocab_file, self.vocab_text())
         write_json(Path(folder) / "tokenizer.json", self.description())
 
 

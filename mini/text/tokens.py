@@ -10,26 +10,28 @@ All numbers are little-endian. A tokenizer's end-of-text token, if it has one, s
 as its first: so that every byte of text, the first too, is predicted from something.
 """
 
-import hashlib
 import itertools
 import os
 import re
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from mini.errors import UserError
-from mini.storage import atomic_folder, read_json, write_json
+from mini.flags import from_dict
+from mini.storage import atomic_folder, read_json, sha256, write_json
 from mini.text.corpus import TextSplit
 from mini.text.tokenizer import Tokenizer
 
 FORMAT = "mini tokens 1"
 BATCH = 2**19  # bytes of text, of one document or many, that a thread encodes at a time
+# Some text, encoded: its tokens, the places in them where documents and where sentences start, its bytes.
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, int]
 CONTEXT = 64  # bytes before a piece of text that are looked at to see whether a sentence ends there
 
 
@@ -42,6 +44,23 @@ class TokenFile:
     sentences: np.ndarray  # (n_sentences,) uint64, the same for sentences
     n_bytes: int  # of the text
     sha256: str  # of `tokens`
+
+
+@dataclass
+class Counts:
+    """What meta.json says of a split."""
+
+    n_tokens: int
+    n_documents: int
+    n_sentences: int
+    n_bytes: int
+    sha256: str
+
+
+@dataclass
+class Splits:
+    train: Counts
+    valid: Counts
 
 
 @dataclass(frozen=True)
@@ -61,46 +80,39 @@ def open_tokens(path: str | Path) -> TokenFolder:
     path = Path(path)
     if not is_token_folder(path):
         raise UserError(f"{path}: not a token folder; `python -m mini tokens FILE --out {path}` makes one")
-    meta = read_json(path / "meta.json")
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UserError(f"{path / 'meta.json'}: not of the format {FORMAT!r}; make the token folder anew")
-    return TokenFolder(path, open_split(path, "train", meta), open_split(path, "valid", meta), meta)
+    where = path / "meta.json"
+    meta = read_json(where)
+    if meta.get("format") != FORMAT or meta.get("dtype") not in ("uint16", "uint32"):
+        raise UserError(f"{where}: not of the format {FORMAT!r}; make the token folder anew")
+    splits = from_dict(Splits, meta.get("splits"), f"{where}: damaged, make the token folder anew: splits")
+    train, valid = (open_split(path / name, meta["dtype"], counts) for name, counts in vars(splits).items())
+    return TokenFolder(path, train, valid, meta)
 
 
-def open_split(path: Path, name: str, meta: dict) -> TokenFile:
-    try:
-        split, dtype = meta["splits"][name], {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
-        tokens = map_file(path / f"{name}.tokens", dtype, split["n_tokens"])
-        documents = map_file(path / f"{name}.documents", "<u8", split["n_documents"])
-        sentences = map_file(path / f"{name}.sentences", "<u8", split["n_sentences"])
-        return TokenFile(tokens, documents, sentences, split["n_bytes"], split["sha256"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / 'meta.json'}: damaged ({error}); make the token folder anew") from None
+def open_split(path: Path, dtype: str, counts: Counts) -> TokenFile:
+    tokens = map_file(path.with_suffix(".tokens"), dtype, counts.n_tokens)
+    documents = map_file(path.with_suffix(".documents"), "uint64", counts.n_documents)
+    sentences = map_file(path.with_suffix(".sentences"), "uint64", counts.n_sentences)
+    return TokenFile(tokens, documents, sentences, counts.n_bytes, counts.sha256)
 
 
 def map_file(path: Path, dtype: str, n: int) -> np.ndarray:
-    expected = n * np.dtype(dtype).itemsize
+    dtype = np.dtype(dtype).newbyteorder("<")
+    expected = n * dtype.itemsize
     size = path.stat().st_size if path.is_file() else 0
     if size != expected:
         raise UserError(f"{path}: {size:,} bytes instead of {expected:,}; make the token folder anew")
     return np.memmap(path, dtype, "r") if n else np.empty(0, dtype)  # an empty file cannot be mapped
 
 
-# --- Writing ------------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- writing
 def write_tokens(
-    splits: dict[str, TextSplit],
-    tokenizer: Tokenizer,
-    out: str | Path,
-    progress: bool = True,
-    workers: int | None = None,
+    splits: dict[str, TextSplit], tokenizer: Tokenizer, out: str | Path, progress: bool = True, workers: int = 0
 ) -> TokenFolder:
     """Encodes {"train": ..., "valid": ...} into the folder `out`, which is there once it is whole; opens it.
 
-    So many `workers` (threads; one per core by default) encode while the results are written in order; memory
-    does not grow with the text. Raises UserError where `out` is anything but empty or a token folder, and
-    what reading the text raises.
+    So many `workers` (threads; 0: one per core) encode while the results are written in order; memory
+    does not grow with the text. Raises UserError where `out` is anything but empty or a token folder.
     """
     out = Path(out).resolve()
     if out.exists() and not is_token_folder(out) and (out.is_file() or any(out.iterdir())):
@@ -124,48 +136,30 @@ def write_tokens(
         tokenizer.save(folder)
         for name in ("train", "valid"):
             batches = encode_batches(splits[name], tokenizer, pool, ahead=2 * workers)
-            meta["splits"][name] = write_split(folder, name, batches, meta["dtype"], bar)
+            meta["splits"][name] = asdict(write_split(folder / name, meta["dtype"], batches, bar))
         write_json(folder / "meta.json", meta)
     return open_tokens(out)
 
 
-@dataclass
-class Encoded:
-    """Some text, encoded. Places count from the batch's first token."""
-
-    tokens: np.ndarray
-    documents: np.ndarray
-    sentences: np.ndarray
-    n_bytes: int
-
-
-def write_split(folder: Path, name: str, batches: Iterator[Encoded], dtype: str, bar: tqdm) -> dict:
-    """Writes one split's files. Returns what meta.json says of it."""
-    n_tokens = n_documents = n_sentences = n_bytes = 0
-    digest = hashlib.sha256()
+def write_split(path: Path, dtype: str, batches: Iterator[Encoded], bar: tqdm) -> Counts:
+    """Writes the files of one split: those that begin with this path."""
+    counts, dtype = Counts(0, 0, 0, 0, ""), np.dtype(dtype).newbyteorder("<")
     with (
-        open(folder / f"{name}.tokens", "wb") as tokens,
-        open(folder / f"{name}.documents", "wb") as documents,
-        open(folder / f"{name}.sentences", "wb") as sentences,
+        open(path.with_suffix(".tokens"), "wb") as tokens_file,
+        open(path.with_suffix(".documents"), "wb") as documents_file,
+        open(path.with_suffix(".sentences"), "wb") as sentences_file,
     ):
-        for batch in batches:
-            data = batch.tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-            digest.update(data)
-            tokens.write(data)
-            documents.write((n_tokens + batch.documents).astype("<u8").tobytes())
-            sentences.write((n_tokens + batch.sentences).astype("<u8").tobytes())
-            n_tokens += len(batch.tokens)
-            n_documents += len(batch.documents)
-            n_sentences += len(batch.sentences)
-            n_bytes += batch.n_bytes
-            bar.update(batch.n_bytes)
-    return {
-        "n_tokens": n_tokens,
-        "n_documents": n_documents,
-        "n_sentences": n_sentences,
-        "n_bytes": n_bytes,
-        "sha256": digest.hexdigest(),
-    }
+        for tokens, documents, sentences, n_bytes in batches:
+            tokens_file.write(tokens.astype(dtype))
+            documents_file.write((counts.n_tokens + documents).astype("<u8"))
+            sentences_file.write((counts.n_tokens + sentences).astype("<u8"))
+            counts.n_tokens += len(tokens)
+            counts.n_documents += len(documents)
+            counts.n_sentences += len(sentences)
+            counts.n_bytes += n_bytes
+            bar.update(n_bytes)
+    counts.sha256 = sha256(path.with_suffix(".tokens"))
+    return counts
 
 
 def encode_batches(split: TextSplit, tokenizer: Tokenizer, pool: ThreadPoolExecutor, ahead: int) -> Iterator[Encoded]:
@@ -205,12 +199,9 @@ def encode_batch(pieces: list[tuple[bool, bytes, bytes]], tokenizer: Tokenizer) 
         tokens.append(ids)
         sentences.append(n_tokens + places)
         n_tokens += len(ids)
-    return Encoded(
-        np.concatenate(tokens).astype(np.uint32),
-        np.array(documents, np.uint64),
-        np.unique(np.concatenate(sentences)).astype(np.uint64),  # one token may hold the starts of two
-        sum(len(piece) for _, _, piece in pieces),
-    )
+    starts = np.unique(np.concatenate(sentences))  # one token may hold the starts of two
+    n_bytes = sum(len(piece) for _, _, piece in pieces)
+    return np.concatenate(tokens), np.array(documents, np.int64), starts, n_bytes
 
 
 def encode_piece(piece: bytes, starts: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -226,8 +217,7 @@ def encode_piece(piece: bytes, starts: np.ndarray, tokenizer: Tokenizer) -> tupl
     return ids, places[places < len(ids)]  # what is left behind the last token, a no-break space say, is no sentence
 
 
-# --- Sentences ----------------------------------------------------------------------------------------------
-
+# ---------------------------------------------------------------- sentences
 # A sentence ends with its full stop and what closes behind it, unless that was an abbreviation or a small
 # letter follows. In UTF-8, e2 80 99 and e2 80 9d are curved quotes, e3 80 82 is the CJK full stop. Patterns
 # give back nothing that they took (`++`), and match where no sentence follows too (without a group, then): so

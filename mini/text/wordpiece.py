@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mini.errors import UserError
-from mini.storage import read_json, write_text
+from mini.storage import read_json
 from mini.text.tokenizer_base import Tokenizer, blocks, character_classes
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -82,8 +82,7 @@ class WordPieceTokenizer(Tokenizer):
     special    {name: id}; of themselves those five that BERT needs
     """
 
-    kind = "wordpiece"
-    lossless = False
+    kind, vocab_file, lossless = "wordpiece", "vocab.txt", False
 
     def __init__(self, vocab: list[str], lowercase: bool = True, special: dict[str, int] | None = None):
         ids = {token: i for i, token in enumerate(vocab)}
@@ -160,15 +159,8 @@ class WordPieceTokenizer(Tokenizer):
         checksum = hashlib.sha256(self.vocab_text().encode()).hexdigest()
         return super().description() | {"lowercase": self.lowercase, "vocab_sha256": checksum}
 
-    def save(self, folder: str | Path) -> None:
-        """Writes vocab.txt, then tokenizer.json with its checksum."""
-        write_text(Path(folder) / "vocab.txt", self.vocab_text())
-        super().save(folder)
 
-
-# ---- opening ---------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------- opening
 def load_wordpiece(path: Path) -> WordPieceTokenizer:
     """A published vocabulary: vocab.txt, a line per token, or tokenizer.json, where newer folders have it too.
 
@@ -198,15 +190,14 @@ def load_wordpiece(path: Path) -> WordPieceTokenizer:
 
 def load_vocab(path: Path) -> list[str]:
     """Reads a vocab.txt: line n is token n - 1. Raises UserError that names the wrong line."""
-    data = b""
+    should = "it should be a WordPiece vocabulary, a token per line"
     try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it should be a WordPiece vocabulary, a token per line") from None
+        raise UserError(f"{path}: {error.strerror}; {should}") from None
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8; it should be a WordPiece vocabulary, a token per line") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8; {should}") from None
     return checked_vocab([line.strip(" \t\r") for line in text.removesuffix("\n").split("\n")], path)
 
 

@@ -24,7 +24,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -73,35 +72,10 @@ class TrainConfig(Checked):
         return bool(self.steps or self.epochs)
 
 
-class Method(Protocol):
-    """What acts during training beside the optimizer."""
-
-    def after_backward(self) -> None:
-        """Gradients are complete, but not clipped yet."""
-
-    def after_step(self, done: int, steps: int) -> None:
-        """The optimizer has taken step number `done` of `steps`."""
-
-    def figures(self) -> dict:
-        """What the result should say of it."""
-
-
-class Objective(Protocol):
-    """What is minimised: a task, or a task with a teacher."""
-
-    loss_weights: dict[str, float]
-    default_weight: float  # of losses that have none of their own
-    best: str | None
-    fixed_shape: bool
-
-    def counts(self, batch: Batch) -> dict[str, int]: ...
-    def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]: ...
-
-
 class Losses(nn.Module):
     """The objective's losses and the model's own as a module's forward, which is what DDP and torch.compile wrap."""
 
-    def __init__(self, model: nn.Module, objective: Objective):
+    def __init__(self, model: nn.Module, objective: object):
         super().__init__()
         self.model, self.objective = model, objective
 
@@ -116,13 +90,15 @@ def train(
     optim: OptimConfig,
     folder: Path,
     world: World,
-    objective: Objective | None = None,
-    methods: Iterable[Method] = (),
+    objective: object = None,
+    methods: Iterable = (),
     settled: int = 0,
 ) -> dict:
     """Trains to the end, from the newest checkpoint in folder if there is one; returns the final figures.
 
-    objective: what is minimised, of itself the task. settled: the step before which no weights count as the best.
+    objective: what is minimised, if not the task alone; it has a task's loss(), counts(), loss_weights, default_weight,
+    best and fixed_shape. methods: what acts beside the optimizer, with after_backward(), after_step(done, steps) and
+    figures(), which the result shows. settled: the step before which no weights count as the best.
     Writes metrics.jsonl, checkpoints, and at the end model.safetensors and result.json.
     Raises UserError where the loss stops being a number; SystemExit after SIGTERM or Ctrl-C, a checkpoint written.
     """
@@ -136,7 +112,7 @@ def train(
     model.to(world.device).train()
     model.stack.checkpoint_activations = options.checkpoint_activations
     dtype = pick_dtype(options.dtype, world.device)
-    optimizers = make_optimizers(model, optim, dtype)
+    optimizers = make_optimizers(model, optim)
     state = resume(model, optimizers, folder, world)
 
     losses_of: nn.Module = Losses(model, objective)
@@ -277,7 +253,7 @@ def micro_batches(task: Task, step: int, size: int, options: TrainConfig, world:
 
 def backward(
     losses_of: nn.Module,
-    objective: Objective,
+    objective: object,
     known: dict[str, float],
     batches: list[tuple[int, Batch]],
     dtype: torch.dtype,

@@ -31,6 +31,7 @@ class OptimConfig(Checked):
     beta1: float = option(0.9, "AdamW's first-moment decay", low=0, high=0.999999)
     beta2: float = option(0.95, "AdamW's second-moment decay", low=0, high=0.999999)
     momentum: float = option(0.95, "Muon's momentum", low=0, high=0.999999)
+    turns: int = option(8, "Muon: in so many steps each hidden matrix has its turn, with so many times the rate", low=1)
     clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0)
 
     def __post_init__(self):
@@ -74,12 +75,10 @@ def roles(model: nn.Module) -> dict[str, str]:
     return {name: role(name, p) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizers(
-    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
 
-    Weight decay acts on matrices and embeddings, never on biases and norms. dtype: of Muon's matrix products.
+    Weight decay acts on matrices and embeddings, never on biases and norms.
     """
     muon = config.optimizer == "muon"
     embed_lr = config.embed_lr or (config.lr / 2 if muon else config.lr)
@@ -104,64 +103,78 @@ def make_optimizers(
     ]  # fmt: skip
     if hidden:
         parts = {id(m.weight): m.parts for m in model.modules() if isinstance(m, Linear)}
-        optimizers.append(Muon(hidden, config.lr, config.momentum, config.weight_decay, parts, dtype))
+        optimizers.append(Muon(hidden, config.lr, config.momentum, config.weight_decay, config.turns, parts))
     mine = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(mine) == sorted(id(p) for p in model.parameters() if p.requires_grad), "each parameter has one group"
     return optimizers
 
 
-def orthogonalize(G: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+def orthogonalize(G: Tensor, steps: int = 4) -> Tensor:
     """Drives the singular values of each matrix of G (n, rows, cols) towards 1, keeping its singular vectors.
 
-    Newton-Schulz iteration X <- aX + (bA + cA²)X, A = XXᵀ; its coefficients trade exactness for speed, so
-    singular values end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon"). bfloat16 is precise enough.
+    Newton-Schulz iteration X <- QX, Q = aI + bA + cA², A = XXᵀ; its coefficients trade exactness for speed, so that
+    singular values end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon"). Here only A, of the smaller side m, and
+    the product P of all Q are iterated, A <- QAQ, for everything in it commutes; G is multiplied once, at the end. This
+    asks for all bits of float32: small singular values are squared in A.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.to(dtype)
-    tall = X.size(-2) > X.size(-1)
-    if tall:  # the smaller side makes the cheaper A
-        X = X.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the iteration needs singular values of at most 1
-    for _ in range(steps):
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # bA + cA²
-        X = torch.baddbmm(X, B, X, beta=a)  # aX + BX
-    return (X.mT if tall else X).to(G.dtype)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    tall = G.size(-2) > G.size(-1)
+    G = G.float() / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    A = G.mT @ G if tall else G @ G.mT  # (n, m, m)
+    size = (
+        A.norm(dim=(-2, -1), keepdim=True) + 1e-14
+    )  # no less than the largest singular value's square, which is to be 1
+    A, P = A / size, None
+    for i in range(steps):
+        Q = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        Q.diagonal(dim1=-2, dim2=-1).add_(a)
+        P = Q if P is None else Q @ P
+        A = Q @ A @ Q if i + 1 < steps else A
+    P = P / size.sqrt()
+    out = G @ P if tall else P @ G  # (n, rows, cols)
+    torch.set_float32_matmul_precision(precision)
+    return out
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: the step of every hidden matrix has full rank (Jordan et al. 2024).
 
+    Orthogonalising every matrix at every step would take a third of a float32 step on a CPU. So they take turns: each
+    is stepped once in `turns` steps, with so many times the rate; its momentum goes on all the time (docs/log.md).
     Matrices of equal shape are orthogonalised as one batch: with small matrices the time goes into calls.
     """
 
-    def __init__(self, params, lr: float, momentum: float, weight_decay: float, parts: dict, dtype: torch.dtype):
+    def __init__(self, params, lr: float, momentum: float, weight_decay: float, turns: int, parts: dict):
         super().__init__(params, dict(lr=lr, peak_lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.turns = turns
         self.parts = parts  # {id of a weight: the rows of each matrix in it}, such as those of Q, K and V
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
             for p in params:
                 if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum"] for p in params]
-            grads = [p.grad for p in params]
-            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov: look one step ahead
-            # Cut fused matrices into their parts, each of which is orthogonalised alone, and group them by shape.
+                    self.state[p] = {"momentum": torch.zeros_like(p), "step": torch.tensor(0)}
+            states = [self.state[p] for p in params]
+            if params:
+                torch._foreach_lerp_([s["momentum"] for s in states], [p.grad for p in params], 1 - group["momentum"])
+            rate = group["lr"] * self.turns
+            # Fused matrices are cut into their parts, each of which is orthogonalised alone; all are grouped by shape.
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for p, update in zip(params, updates, strict=True):
+            for i, (p, state) in enumerate(zip(params, states, strict=True)):
+                mine = (i + int(state["step"])) % self.turns == 0
+                state["step"] += 1
+                if not mine:
+                    continue
+                update = torch.lerp(p.grad, state["momentum"], group["momentum"])  # Nesterov: look one step ahead
+                p.mul_(1 - rate * group["weight_decay"])
                 rows = self.parts.get(id(p), [p.size(0)])
                 for target, part in zip(p.split(rows), update.split(rows), strict=True):
                     shapes.setdefault(part.shape, []).append((target, part))
-            if group["weight_decay"]:
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for (rows, cols), pairs in shapes.items():
-                steps = orthogonalize(torch.stack([part for _, part in pairs]), self.dtype)  # (n, rows, cols)
+                steps = orthogonalize(torch.stack([part for _, part in pairs]))  # (n, rows, cols)
                 scale = max(1.0, rows / cols) ** 0.5  # the same change of a unit input's norm for every shape
-                torch._foreach_add_([t for t, _ in pairs], list(steps.unbind()), alpha=-group["lr"] * scale)
+                torch._foreach_add_([target for target, _ in pairs], list(steps.unbind()), alpha=-rate * scale)

@@ -22,7 +22,7 @@ from mini.text.tokenizer import Tokenizer, make_tokenizer
 from mini.training import runs
 from mini.training.checkpoints import read_result
 from mini.training.devices import World
-from mini.training.loop import Method, Objective, TrainConfig, micro_batch_size, train
+from mini.training.loop import TrainConfig, micro_batch_size, train
 from mini.training.optim import OptimConfig
 
 FINETUNE = dict(
@@ -235,8 +235,8 @@ def train_run(
     task: Task,
     tokenizer: Tokenizer,
     world: World,
-    objective: Objective | None = None,
-    methods: Iterable[Method] = (),
+    objective: object = None,
+    methods: Iterable = (),
     settled: int = 0,
 ) -> None:
     """Trains in the run's folder, new or going on, and says how it went. The rest is as train() takes it."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from mini import GPT, Bert, ModelConfig
 from mini.compression import prune, shrink
+from mini.compression.activations import Examples
 from mini.compression.prune import PruneConfig
 from mini.errors import UserError
 from mini.model import sparse
@@ -17,7 +18,8 @@ from mini.training.optim import OptimConfig, make_optimizers
 
 SIZE = dict(n_layers=3, n_heads=4, d_model=32, max_len=16, vocab_size=60)
 GPT_WAYS = [dict(SIZE), dict(SIZE, **MODERN), dict(SIZE, activation="swiglu", bias=True), dict(SIZE, n_heads=[4, 2, 3],
-            d_head=8, d_ff=[64, 20, 32])]  # fmt: skip
+            d_head=8, d_ff=[64, 20, 32]), dict(SIZE, value_embeddings=True, tied=False)]  # fmt: skip
+GRADIENT = PruneConfig(pattern="heads", method="gradient")
 BERT_WAYS = dict(SIZE, **ENCODER, norm_place="post", activation="gelu", mlm=True, nsp=True)
 
 
@@ -108,7 +110,7 @@ def test_tied_weights_stay_tied():
 def test_zeros_survive_training(optimizer):
     def train(held: bool) -> GPT:
         model = make(GPT_WAYS[0]).train()
-        optimizers = make_optimizers(model, OptimConfig(optimizer=optimizer, lr=0.01, weight_decay=0.1))
+        optimizers = make_optimizers(model, OptimConfig(optimizer=optimizer, turns=1, lr=0.01, weight_decay=0.1))
         for step in range(4):
             if step == 2:  # pruned while the optimizer's momentum is warm
                 prune.prune(model, PruneConfig(0.5), 0.5, 0)
@@ -191,13 +193,13 @@ def test_wanda_is_weight_times_input_norm_without_padding():
     handle.remove()
     real = torch.arange(12) < inputs["lengths"][:, None]
     norms = seen["x"][real].norm(dim=0)
-    prune.prune(model, PruneConfig(0.5, method="wanda"), 0.5, 0, task, batches())
+    prune.prune(model, PruneConfig(0.5, method="wanda"), 0.5, 0, Examples(task, batches()))
     mask = sparse.masks_of(model)["stack.blocks.0.attention.qkv.weight"]
     expected = (make(BERT_WAYS).stack.blocks[0].attention.qkv.weight.abs() * norms).topk(16, dim=1).indices
     assert torch.equal(mask, torch.zeros_like(mask).scatter(1, expected, True))
 
     padded = make(BERT_WAYS)
-    prune.prune(padded, PruneConfig(0.5, method="wanda"), 0.5, 0, task, batches(width=16))
+    prune.prune(padded, PruneConfig(0.5, method="wanda"), 0.5, 0, Examples(task, batches(width=16)))
     for name, mask in sparse.masks_of(model).items():
         assert (mask != sparse.masks_of(padded)[name]).float().mean() < 0.005  # rounding may swap two neighbours
 
@@ -208,7 +210,7 @@ def test_wanda_is_weight_times_input_norm_without_padding():
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_smaller_model_equals_gated_one(settings, part, scope):
     model = make(settings)
-    alive = shrink.choose_units(model, part, PruneConfig(0.5, pattern=part, scope=scope), 0)
+    alive = shrink.choose_units(model, PruneConfig(0.5, pattern=part, scope=scope), 0)
     with shrink.gated(model, part, alive):
         expected = model.stack(tokens())
     small = shrink.without_units(model, part, alive)
@@ -227,7 +229,7 @@ def test_smaller_model_equals_gated_one(settings, part, scope):
 def test_removed_units_take_their_masks_along():
     model = make(GPT_WAYS[0])
     prune.prune(model, PruneConfig(0.5), 0.5, 0)
-    alive = shrink.choose_units(model, "neurons", PruneConfig(0.5, pattern="neurons"), 0)
+    alive = shrink.choose_units(model, PruneConfig(0.5, pattern="neurons"), 0)
     small = shrink.without_units(model, "neurons", alive)
     assert all(m.shape == small.get_parameter(n).shape for n, m in sparse.masks_of(small).items())
     assert all((small.get_parameter(n)[~m] == 0).all() for n, m in sparse.masks_of(small).items())
@@ -239,7 +241,7 @@ def test_gradient_importance_is_the_derivative_of_the_loss():
     (batch,) = batches()
     one = {name: value[:1] for name, value in batch.inputs.items()}
     ones = [torch.ones(4, dtype=torch.double) for _ in range(3)]
-    found = shrink.importance(model, "heads", "gradient", ones, 0, task, [Batch(one, {}, 0)])
+    found = shrink.importance(model, GRADIENT, ones, 0, Examples(task, [Batch(one, {}, 0)]))
     expected = []
     for layer in range(3):
         slopes = []
@@ -260,10 +262,10 @@ def test_gradient_importance_adds_up_texts_not_their_sum():
     """The mean of absolute values, which two texts of opposite slopes cannot cancel; and padding is nothing to it."""
     model, task = make(BERT_WAYS), Hidden()
     ones = [torch.ones(4) for _ in range(3)]
-    together = shrink.importance(model, "heads", "gradient", ones, 0, task, batches())
+    together = shrink.importance(model, GRADIENT, ones, 0, Examples(task, batches()))
     inputs = batches(width=15)[0].inputs
     single = [Batch({n: v[i : i + 1] for n, v in inputs.items()}, {}, 0) for i in range(4)]
-    apart = shrink.importance(model, "heads", "gradient", ones, 0, task, single)
+    apart = shrink.importance(model, GRADIENT, ones, 0, Examples(task, single))
     for a, b in zip(together, apart, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -271,12 +273,12 @@ def test_gradient_importance_adds_up_texts_not_their_sum():
 def test_heads_that_cannot_go():
     model = make(dict(SIZE, n_kv_heads=2))
     with pytest.raises(UserError, match="share keys and values"):
-        shrink.check_units(model, "heads", PruneConfig(0.5, pattern="heads"))
-    shrink.check_units(model, "neurons", PruneConfig(0.5, pattern="neurons"))
+        shrink.check_units(model, PruneConfig(0.5, pattern="heads"))
+    shrink.check_units(model, PruneConfig(0.5, pattern="neurons"))
     with pytest.raises(UserError, match="all 4 heads of layer 0"):
-        shrink.check_units(make(GPT_WAYS[0]), "heads", PruneConfig(0.9, pattern="heads"))
+        shrink.check_units(make(GPT_WAYS[0]), PruneConfig(0.9, pattern="heads"))
     with pytest.raises(UserError, match="fewer than one"):
-        shrink.check_units(make(GPT_WAYS[0]), "heads", PruneConfig(0.9, pattern="heads", scope="global"))
+        shrink.check_units(make(GPT_WAYS[0]), PruneConfig(0.9, pattern="heads", scope="global"))
 
 
 @pytest.mark.parametrize("settings", [GPT_WAYS[3], BERT_WAYS])
@@ -297,9 +299,9 @@ def test_influence():
         for linear in (model.stack.blocks[1].attention.out, model.stack.blocks[1].mlp.down):
             linear.weight.zero_()
             linear.bias.zero_()
-    values = shrink.influence(model, task, batches())
+    values = shrink.influence(model, Examples(task, batches()))
     assert values[1] == pytest.approx(0, abs=1e-6) and min(values[0], values[2]) > 0.01
-    torch.testing.assert_close(values, shrink.influence(model, task, batches(width=16)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(values, shrink.influence(model, Examples(task, batches(width=16))), atol=1e-5, rtol=1e-4)
 
 
 def test_spread():

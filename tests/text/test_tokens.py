@@ -14,7 +14,7 @@ import pytest
 
 from mini.errors import UserError
 from mini.text import corpus, tokens
-from mini.text.corpus import open_corpus
+from mini.text.corpus import DataConfig, open_corpus
 from mini.text.tokenizer import train_bpe
 from mini.text.tokenizer_base import ByteTokenizer
 from mini.text.tokens import is_token_folder, open_tokens, sentence_starts, write_tokens
@@ -79,13 +79,13 @@ def bpe():
 def splits(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
-    train, valid = open_corpus(str(path))
+    train, valid = open_corpus(DataConfig(str(path)))
     return {"train": train, "valid": valid}
 
 
 def one_document(tmp_path, text):
     (tmp_path / "one.txt").write_bytes(text.encode())
-    train, valid = open_corpus(str(tmp_path / "one.txt"), str(tmp_path / "one.txt"))
+    train, valid = open_corpus(DataConfig(str(tmp_path / "one.txt"), valid=str(tmp_path / "one.txt")))
     return {"train": train, "valid": valid}
 
 
@@ -173,10 +173,10 @@ def test_cuts_and_threads_change_nothing(tmp_path, monkeypatch):
 
 
 def test_sentences_of_odd_text_take_no_time():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (b"." * 300_000, b"\n" * 300_000, b".)" * 150_000, b". " * 150_000, b"a." + b" " * 300_000):
         sentence_starts(b"", text)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 60  # a fraction of a second; quadratic would be hours
 
 
 def test_a_sentence_inside_a_token_starts_at_that_token(tmp_path):
@@ -237,7 +237,7 @@ def test_killed_half_way_leaves_nothing_that_looks_whole(tmp_path):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return super().encode_array(text)
         corpus.PIECE = tokens.BATCH = 100
-        train, valid = corpus.open_corpus("text.txt")
+        train, valid = corpus.open_corpus(corpus.DataConfig("text.txt"))
         tokens.write_tokens({"train": train, "valid": valid}, Killed(), "out", workers=1)
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -246,7 +246,7 @@ def test_killed_half_way_leaves_nothing_that_looks_whole(tmp_path):
     left = sorted(os.listdir(tmp_path))
     assert len(left) == 2 and left[0].startswith(".out.") and left[1] == "text.txt"  # it had begun
     assert not any(is_token_folder(tmp_path / name) for name in left)
-    train, valid = open_corpus(str(tmp_path / "text.txt"))
+    train, valid = open_corpus(DataConfig(str(tmp_path / "text.txt")))
     write_tokens({"train": train, "valid": valid}, ByteTokenizer(), tmp_path / "out", progress=False)
     assert is_token_folder(tmp_path / "out")
 
