@@ -50,8 +50,8 @@ def prune_run(argv: list[str]) -> None:
     masks = world.agree({name: mask.cpu() for name, mask in sparse.masks_of(model).items()})
     sparse.set_masks(model, {name: mask.to(world.device) for name, mask in masks.items()})
     methods = [CubicPruning(model, options, s.train.seed)] if cubic else []
-    settled = prune.ramp_end(total_steps(s.train, task)) if cubic else 0
-    run_compressed(s, model, task, tokenizer, world, methods, settled)
+    best_from = prune.ramp_end(total_steps(s.train, task)) if cubic else 0
+    run_compressed(s, model, task, tokenizer, world, methods, best_from)
 
 
 def quantize_run(argv: list[str]) -> None:

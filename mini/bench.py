@@ -77,8 +77,9 @@ def bench(options: BenchOptions, config: ModelConfig) -> None:
     }
     world.say(", ".join(f"{key} {value}" for key, value in figures.items()))
     if options.what in ("all", "train", "mlm"):
-        figures["train_tokens_per_s"] = training_speed(options, *random_task(options, config), world)
-        world.say(f"training: {figures['train_tokens_per_s']:,.0f} tokens/s")
+        rate, share = training_speed(options, *random_task(options, config), world)
+        figures |= {"train_tokens_per_s": rate, "train_mfu": share}
+        world.say(f"training: {rate:,.0f} tokens/s, {share:.0%} of the matmul speed")
     if options.what in ("all", "generate"):
         for batch in map(int, options.batches.split(",")):
             rate = generation_speed(options, config, batch, dtype, world)
@@ -108,8 +109,8 @@ def random_task(options: BenchOptions, config: ModelConfig) -> tuple[Task, Model
     return task, MODELS[kind](replace(config, **task.heads()))
 
 
-def training_speed(options: BenchOptions, task: Task, model: Model, world: World, objective: object = None) -> float:
-    """Median tokens/s of the loop's own log lines after the warm-up."""
+def training_speed(options: BenchOptions, task: Task, model: Model, world: World, objective: object = None) -> tuple:
+    """Medians of the loop's own log lines after the warm-up: tokens/s, share of the device's matmul speed."""
     training = TrainConfig(
         steps=options.steps, batch_size=options.batch_size, device=options.device, dtype=options.dtype,
         compile=options.compile, eval_every=0, sample_every=0, checkpoint_every=0, log_every=5,
@@ -117,8 +118,8 @@ def training_speed(options: BenchOptions, task: Task, model: Model, world: World
     optim = OptimConfig(optimizer=options.optimizer, lr=1e-3)
     with tempfile.TemporaryDirectory() as folder:
         train(model, task, training, optim, Path(folder), world, objective)
-        rows = read_metrics(Path(folder))
-    return statistics.median(r["tokens_per_s"] for r in rows if r["step"] > options.steps // 4)
+        rows = [row for row in read_metrics(Path(folder)) if row["step"] > options.steps // 4]
+    return tuple(statistics.median(row.get(name, 0) for row in rows) for name in ("tokens_per_s", "mfu"))
 
 
 def distillation_cost(options: BenchOptions, config: ModelConfig, dtype: torch.dtype, world: World) -> dict:
@@ -139,7 +140,7 @@ def distillation_cost(options: BenchOptions, config: ModelConfig, dtype: torch.d
     figures = {"teacher_ms": 1000 * statistics.median(call_times(forward, options.steps, world.device))}
     for name, recipe in {"plain": DistillConfig(alpha=0.0), **{name: DistillConfig(name) for name in RECIPES}}.items():
         student = make_student(teacher, recipe)
-        speed = training_speed(options, task, student, world, Distillation(task, student, teacher, recipe))
+        speed, _ = training_speed(options, task, student, world, Distillation(task, student, teacher, recipe))
         figures[f"{name}_ms"] = 1000 * options.batch_size * config.max_len / speed
     for name in RECIPES:
         figures[name] = (figures[f"{name}_ms"] - figures["teacher_ms"]) / figures["plain_ms"]
@@ -147,11 +148,17 @@ def distillation_cost(options: BenchOptions, config: ModelConfig, dtype: torch.d
 
 
 def generation_speed(options: BenchOptions, config: ModelConfig, batch: int, dtype: torch.dtype, world: World) -> float:
-    """New tokens per second over the whole batch, greedy, with the cache, the weights stored in dtype."""
+    """New tokens per second over the whole batch, greedy, with the cache, the weights stored in dtype.
+
+    Where the hardware has no bfloat16, single tokens are computed in float32 from weights stored in bfloat16.
+    """
     torch.manual_seed(0)
     model = GPT(config).to(world.device, dtype).eval()
     prompt = torch.randint(config.vocab_size, (batch, PROMPT), device=world.device)
     compiled = options.compile != "false" and can_compile(world.device, world.say)
+    if compiled and batch == 1 and options.dtype == "auto" and not world.on_gpu:
+        model.store(torch.bfloat16)
+    world.say(f"weights of batch {batch} are stored in {model.head.weight.dtype}")
     generate = partial(model.generate, prompt, options.new_tokens, compile=compiled)
     times = call_times(generate, 1 + options.repeats, world.device)[1:]  # the first warms up
     return batch * options.new_tokens / statistics.median(times)

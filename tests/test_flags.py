@@ -47,7 +47,7 @@ def test_kinds_of_values():
         (["--n_layers", "2.5"], "--n_layers 2.5: expected a whole number"),
         (["--tied", "maybe"], "--tied maybe: expected true or false"),
         (["--d_model", "30", "--n_heads", "4"], "--d_model 30 is not divisible by --n_heads 4"),
-        (["--n_heads", "4,4"], "--n_heads lists 2 values for 6 layers"),
+        (["--n_heads", "4,4"], "--n_heads lists 2 values for 4 layers"),
         (["--dropout", "1"], "--dropout 1.0"),
         (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
         (["--valid_fraction", "1"], "--valid_fraction 1.0"),
@@ -69,7 +69,7 @@ def test_help_lists_every_flag_with_its_default(capsys):
     for cls in CLASSES:
         for f in dataclasses.fields(cls):
             assert (f"--{f.name} " in text) == f.metadata.get("flag", True), f.name
-    assert "width of the residual stream (C) [256]" in text  # the preset's, not the field's
+    assert "width of the residual stream (C) [192]" in text  # the preset's, not the field's
 
 
 @pytest.mark.parametrize("presets", [GPT_PRESETS, BERT_PRESETS])

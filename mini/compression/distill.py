@@ -37,7 +37,7 @@ from mini.errors import UserError
 from mini.flags import Checked, option
 from mini.model.bert import NEVER
 from mini.model.config import ModelConfig
-from mini.model.transformer import Model
+from mini.model.transformer import Model, draw
 from mini.tasks.base import Batch, Task
 
 # What a student learns, and how much each counts: Hinton et al. 2015, §2; Sanh et al. 2019, §3; Jiao et al. 2020, §3.1;
@@ -278,7 +278,8 @@ class Distillation:
         widths = student.config.d_model, teacher.config.d_model
         for name in PROJECTED:  # W of TinyBERT's eq. 8 and 9
             if name in self.losses and widths[0] != widths[1]:
-                student.learning[name] = nn.Linear(*widths, bias=False)
+                student.learning[name] = layer = nn.Linear(*widths, bias=False)
+                draw(layer.weight, f"learning.{name}.weight", torch.initial_seed(), widths[0] ** -0.5)
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """The task's; soft targets are summed over its answers, the others over real tokens."""
@@ -290,6 +291,8 @@ class Distillation:
         with recording(model) as mine:
             answers = model.answers(inputs)
         losses = self.task.losses(answers, inputs)
+        if taken := losses.keys() & set(self.losses):
+            raise ValueError(f"the task's loss {min(taken)!r} has the name of one of its teacher's")
         if not self.losses:  # --soft 0 alone: the same student without a teacher
             return losses
         answers = self.asked(answers, inputs)  # (N, V)

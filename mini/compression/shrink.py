@@ -98,11 +98,14 @@ def importance(
 
 
 def unit_norms(module: nn.Module) -> Tensor:
-    """(n,): the norm of all weights that belong to a head (Q, K, V, O) or a neuron (W₁, its gate, W₂)."""
+    """(n,): the norm of all weights that belong to a head (Q, K, V, O) or a neuron (W₁, its gate, W₂), tables aside."""
     total = 0.0
     for name, (dim, places) in module.units().items():
         weight = dict(module.named_parameters()).get(name)
-        if weight is not None and weight.ndim > 1:
+        table = (
+            getattr(module.get_submodule(name.rpartition(".")[0]), "by_token", False) if weight is not None else True
+        )
+        if not table and weight.ndim > 1:
             squares = weight.detach().square().sum(dim=tuple(d for d in range(weight.ndim) if d != dim))
             total = total + squares[places.to(weight.device)].sum(dim=1)  # (n, entries) -> (n)
     return total.sqrt()

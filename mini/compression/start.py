@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mini.training.checkpoints import read_result
 from mini.training.devices import World
 from mini.training.loop import TrainConfig, describe
 from mini.training.optim import OptimConfig
-from mini.training.start import Settings, check_length, open_run, other_optimizer, train_run
+from mini.training.start import Settings, check_length, open_run, other_optimizer, refuse_fixed, train_run
 
 # Training after compression: with this share of the run's own learning rates, which fall to zero (docs/log.md).
 HEAL_LR = 0.3
@@ -58,7 +58,7 @@ def read_compression(
         parts.append(settings.task_options)
     defaults = {f: v for part in parts for f, v in dataclasses.asdict(part).items()}
     defaults |= {f: lr_share * defaults[f] for f in ("lr", "embed_lr", "head_lr")} | training
-    defaults |= other_optimizer(argv, defaults)
+    defaults |= other_optimizer(argv, defaults, pretrains, lr_share)
     defaults = {f: v for f, v in defaults.items() if f not in field_names(recipe)}
     classes = [CompressOptions, recipe, *map(type, parts)]
     (options, chosen, *parts), given = parse_flags(argv, classes, description, **defaults)
@@ -71,7 +71,9 @@ def read_compression(
     if "data" in given and not pretrains and getattr(chosen, "recipe", None) != "tinybert":
         raise UserError(f"--data is text to pretrain on; {source} is fine-tuned and reads --train and --valid")
     settings.data, settings.optim, settings.train, *rest = parts
-    settings.task_options = rest[0] if rest else settings.task_options
+    if rest:
+        refuse_fixed(rest[0], settings.task_options, given, source)
+        settings.task_options = rest[0]
     settings.job.out, settings.job.overwrite, settings.given = options.out, options.overwrite, given
     check_length(settings)
     if "schedule" in field_names(recipe):  # then the flag of this name is the recipe's
@@ -93,8 +95,8 @@ def calibration(task: Task, n: int) -> Examples:
 
 
 def run_compressed(
-    s: Settings, model: Model, task: Task, tokenizer: Tokenizer, world: World, methods: Iterable = (),
-    settled: int = 0,
+    s: Settings, model: Model, task: Task, tokenizer: Tokenizer, world: World, methods: Sequence = (),
+    best_from: int = 0,
 ) -> None:  # fmt: skip
     """Trains what compress.py has made of a run, and says how good that run was."""
     known = {} if runs.is_published(s.job.init) else read_result(Path(s.job.init)) or {}
@@ -102,5 +104,5 @@ def run_compressed(
     world.say(f"Before, {s.job.init}: {describe(before)}" if before else f"From {s.job.init}")
     s.model = model.config
     torch.manual_seed(s.train.seed)
-    train_run(s, model, task, tokenizer, world, methods=methods, settled=settled)
+    train_run(s, model, task, tokenizer, world, methods=methods, best_from=best_from)
     world.leave()

@@ -47,6 +47,10 @@ class Bert(Model):
         self.dropout = Dropout(config.dropout)
         initialise(self, torch.initial_seed())
 
+    def freeze_unused(self) -> None:
+        if self.pooler is not None and self.classifier is None and self.nsp is None:
+            self.pooler.requires_grad_(False)
+
     def forward(self, tokens: Tensor, segments: Tensor | None = None, real: Tensor | None = None) -> Tensor:
         """(B, T) int64 -> hidden states (B, T, C).
 

@@ -37,9 +37,11 @@ class GPT(Model):
         self.classifier = None
         if config.n_classes:
             self.classifier = nn.Linear(config.d_model, config.n_classes)
-            if not config.tied:
-                self.head.requires_grad_(False)  # a classifier predicts no tokens
         initialise(self, torch.initial_seed())
+
+    def freeze_unused(self) -> None:
+        if self.classifier is not None and not self.config.tied:
+            self.head.requires_grad_(False)  # a classifier predicts no tokens
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, T) int64 -> logits (B, T, V): position t scores token t + 1."""

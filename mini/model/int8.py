@@ -136,14 +136,9 @@ class Int8Embedding(Int8):
     """Rows of int8, looked up and scaled."""
 
     by_token = True
-    dtype = torch.float32  # of what it returns: that of the rest of the model
-
-    def _apply(self, fn, recurse: bool = True) -> nn.Module:
-        self.dtype = fn(self.weight.new_empty(0, dtype=self.dtype)).dtype
-        return super()._apply(fn, recurse)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return (self.weight[tokens] * self.scale[tokens][..., None]).to(self.dtype)
+        return self.weight[tokens] * self.scale[tokens][..., None]
 
 
 class Int8Linear(Int8):

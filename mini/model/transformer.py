@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from mini.model.config import ModelConfig
 ACTIVATIONS = {
     "gelu": F.gelu,  # BERT: x Φ(x), with the exact erf (Hendrycks & Gimpel 2016)
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2: its tanh approximation
-    "relu2": lambda x: F.relu(x) * F.relu(x),  # So et al. 2021, "Primer", §4
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, "Primer", §4
     "swiglu": F.silu,  # of the gate (Shazeer 2020)
 }
 
@@ -74,7 +74,8 @@ class Linear(nn.Linear):
             y = (self.weight.float() * x.float().flatten()).sum(dim=-1)  # (out, in) * (in) -> (out)
             y = y if self.bias is None else y + self.bias.float()
             return y.to(x.dtype).view(*x.shape[:-1], -1)
-        return super().forward(x)
+        stored_short = self.weight.dtype == torch.bfloat16 and x.dtype == torch.float32  # by Model.store
+        return F.linear(x, self.weight.float(), self.bias) if stored_short else super().forward(x)
 
 
 class Embedding(nn.Embedding):
@@ -110,9 +111,14 @@ def initialise(model: nn.Module, seed: int) -> None:
             nn.init.zeros_(module.bias)
         if module.weight not in done:
             done.add(module.weight)
-            key = hashlib.sha256(f"{seed} {name}.weight".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-            nn.init.normal_(module.weight, std=getattr(module, "std", 0.02), generator=generator)
+            draw(module.weight, f"{name}.weight", seed, getattr(module, "std", 0.02))
+
+
+def draw(weight: nn.Parameter, name: str, seed: int, std: float) -> None:
+    """N(0, std) from (seed, name)."""
+    key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+    nn.init.normal_(weight, std=std, generator=generator)
 
 
 # ---------------------------------------------------------------- positions
@@ -272,6 +278,8 @@ class Attention(nn.Module):
     def units(self) -> dict[str, tuple[int, Tensor]]:
         """What belongs to each head: {name of a tensor: (dimension, (H, n) places in it)}, all that H decides."""
         D, H = self.head_size, self.n_heads
+        if self.n_kv_heads != H:
+            raise ValueError("these heads share keys and values: none can go alone")
         places = torch.arange(H * D).view(H, D)
         rows = torch.cat([places, places + H * D, places + 2 * H * D], dim=1)  # of queries, keys and values
         columns = dict.fromkeys(("out.weight", "values.weight"), (1, places))
@@ -371,7 +379,7 @@ class Transformer(nn.Module):
         if T > self.config.max_len:
             raise ValueError(f"{T} tokens are more than the model's max_len of {self.config.max_len}")
         view = View(self.config.causal, real, positions)
-        x = self.tokens(tokens)  # (B, T, C)
+        x = self.tokens(tokens).to(self.norm.weight.dtype)  # (B, T, C)
         at = slice(T) if positions is None else positions
         if self.positions is not None:
             x = x + self.positions.weight[at]
@@ -402,7 +410,7 @@ class Transformer(nn.Module):
 
 
 class Model(nn.Module):
-    """What a GPT and a BERT share beside the stack. Each also has
+    """What a GPT and a BERT share beside the stack; fresh weights follow torch.manual_seed and their names. Each has
 
     answers(inputs)             {name: logits (.., V)} of its heads for a batch's inputs, first those it is judged by
     flops(length, predicted)    of a forward pass for one token of `length`, of which a share meets the vocabulary
@@ -411,13 +419,16 @@ class Model(nn.Module):
     kind: str  # the name of its kind in run folders
     special_tokens: tuple[str, ...] = ()  # that it needs beside text
     role = "head"
-    loss_weights: ClassVar[dict[str, float]] = {}  # of each of its extra_losses()
+    loss_weights: ClassVar[dict[str, float]] = {}  # of its extra_losses(); 1 for others
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.stack = Transformer(config)
         self.learning = nn.ModuleDict()  # what exists only while it learns: in checkpoints, but never served
+
+    def freeze_unused(self) -> None:
+        """Parameters on which no answer depends do not learn: ranks would wait for their gradients."""
 
     def extra_losses(self) -> dict[str, Tensor]:
         """{name: sum over real tokens} of what modules ask for in the last forward pass, whatever the task."""
@@ -426,6 +437,16 @@ class Model(nn.Module):
     def answer(self, inputs: dict[str, Tensor]) -> Tensor:
         """The logits that its task is judged by."""
         return next(iter(self.answers(inputs).values()))
+
+    def store(self, dtype: torch.dtype) -> Self:
+        """Matrices and tables in dtype, while all else, and all arithmetic, stays as it is.
+
+        Worth it for single tokens, compiled: what takes their time is to read the weights, of which bfloat16 has half.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear | Embedding):
+                module.weight.data = module.weight.data.to(dtype)
+        return self
 
     def vocabulary_weights(self) -> set[nn.Parameter]:
         """The parameters that have a row for each token."""

@@ -39,7 +39,7 @@ class Task:
     A task has, beside what follows,
         n, checksum, notes          the number of training examples; of all examples; what a person should know of them
         batch(indices)              the training examples of these numbers, a function of (seed, indices)
-        validation(batch_size, limit)   all validation examples, always the same; of running text the first `limit` tokens
+        validation(batch_size, limit)   all validation examples, always the same; of text the first `limit` tokens
         losses(answers, inputs)     {name: summed loss} of a model's answers: all of these are trained
         metrics(sums)               figures, "val_loss" among them, of what measure() gave, count/NAME and bytes
         beats_chance(figures)       whether they are better than those of a guess
@@ -67,6 +67,9 @@ class Task:
     def published_options(cls, config: ModelConfig, folder: str):
         """The settings by which published weights with these heads are judged."""
         return cls.Config() if cls.Config else None
+
+    def check(self, model: Model) -> None:
+        """Raises UserError for a model that cannot learn it."""
 
     def heads(self) -> dict[str, object]:
         """The heads it needs, as fields of ModelConfig."""

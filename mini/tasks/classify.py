@@ -71,8 +71,8 @@ class Classification(Task):
         self.train, self.valid = self.encode(rows, train), self.encode(valid_rows, valid)
         self.n = len(self.train)
         self.order = Grouped(np.array([len(ids) for ids, _, _ in self.train]), seed, batch_size)
-        self.texts = [self.read_texts(row) for _, row in rows] if self.operations else []
-        self.words = [word for texts in self.texts for text in texts for word in text.split()]
+        self.augmentable = [self.read_texts(row) for _, row in rows] if self.operations else []
+        self.words = [word for texts in self.augmentable for text in texts for word in text.split()]
         counts = np.array([found[label] for label in self.labels])
         self.class_weights = None
         if options.class_weights == "balanced":  # over all examples, their mean is 1 (King & Zeng 2001)
@@ -165,7 +165,7 @@ class Classification(Task):
 
     def augmented(self, example: int, operation: str, key: int) -> tuple[list[int], list[int], int]:
         rate = self.options.augment_rate
-        texts = [augment(t, operation, rate, self.words, mix(key, n)) for n, t in enumerate(self.texts[example])]
+        texts = [augment(t, operation, rate, self.words, mix(key, n)) for n, t in enumerate(self.augmentable[example])]
         ids = [masked_ids(self.tokenizer, t) if operation == "mask" else self.tokenizer.encode(t) for t in texts]
         return (*text_ids(self.tokenizer, self.max_len, *ids), self.train[example][2])
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from mini.errors import UserError
 from mini.flags import Checked, option
 from mini.model.bert import Bert
 from mini.model.config import ModelConfig
+from mini.model.transformer import Model
 from mini.tasks.base import Batch, Task
 from mini.tasks.order import shuffled
 from mini.text.tokenizer import Tokenizer
@@ -50,7 +52,12 @@ class HiddenStates(Task):
 
     @classmethod
     def published_options(cls, config: ModelConfig, folder: str) -> HiddenConfig:
-        return HiddenConfig(folder)
+        return HiddenConfig(str(Path(folder).resolve()))
+
+    def check(self, model: Model) -> None:
+        theirs = self.original.config.d_model
+        if model.config.d_model != theirs:
+            raise UserError(f"{self.options.original}: its width is {theirs}, the model's {model.config.d_model}")
 
     def batch(self, indices: np.ndarray) -> Batch:
         return self.make(self.train, shuffled(indices, self.n, self.seed))
@@ -69,8 +76,6 @@ class HiddenStates(Task):
 
     def losses(self, answers: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         hidden, theirs = answers["hidden"].float(), self.theirs(inputs)  # (B, T, C)
-        if hidden.shape != theirs.shape:
-            raise UserError(f"{self.options.original}: its width is {theirs.size(-1)}, the model's {hidden.size(-1)}")
         return {"hidden": ((hidden - theirs).square().sum(-1) / theirs.square().sum(-1)).sum()}
 
     @torch.no_grad()

@@ -18,10 +18,11 @@ as if it had never stopped.
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,9 @@ class TrainConfig(Checked):
         return bool(self.steps or self.epochs)
 
 
+RESERVED = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}  # names in metrics.jsonl that no loss may have
+
+
 class Losses(nn.Module):
     """The objective's losses and the model's own as a module's forward, which is what DDP and torch.compile wrap."""
 
@@ -79,8 +83,8 @@ class Losses(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.objective.loss(self.model, inputs) | self.model.extra_losses()
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.objective.loss(self.model, inputs), self.model.extra_losses()
 
 
 def train(
@@ -91,19 +95,19 @@ def train(
     folder: Path,
     world: World,
     objective: object = None,
-    methods: Iterable = (),
-    settled: int = 0,
+    methods: Sequence = (),
+    best_from: int = 0,
 ) -> dict:
     """Trains to the end, from the newest checkpoint in folder if there is one; returns the final figures.
 
     objective: what is minimised, if not the task alone; it has a task's loss(), counts(), loss_weights, default_weight,
     best and fixed_shape. methods: what acts beside the optimizer, with after_backward(), after_step(done, steps) and
-    figures(), which the result shows. settled: the step before which no weights count as the best.
+    figures(), which the result shows. best_from: the step before which no weights count as the best.
     Writes metrics.jsonl, checkpoints, and at the end model.safetensors and result.json.
     Raises UserError where the loss stops being a number; SystemExit after SIGTERM or Ctrl-C, a checkpoint written.
     """
     objective = objective or task
-    size, known = micro_batch_size(options, world), {**model.loss_weights, **objective.loss_weights}
+    size = micro_batch_size(options, world)
     steps, eval_every = total_steps(options, task), options.eval_every
     if objective.best and not eval_every:
         eval_every = -(-task.n // options.batch_size)  # each epoch
@@ -112,7 +116,9 @@ def train(
     model.to(world.device).train()
     model.stack.checkpoint_activations = options.checkpoint_activations
     dtype = pick_dtype(options.dtype, world.device)
-    optimizers = make_optimizers(model, optim)
+    model.freeze_unused()
+    # In fewer steps than there are turns, each matrix has its turn all the same.
+    optimizers = make_optimizers(model, dataclasses.replace(optim, turns=min(optim.turns, max(1, steps))))
     state = resume(model, optimizers, folder, world)
 
     losses_of: nn.Module = Losses(model, objective)
@@ -134,7 +140,7 @@ def train(
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak_lr"] * share
             batches = micro_batches(task, step, size, options, world)
-            losses, weights, n_tokens = backward(losses_of, objective, known, batches, dtype, world)
+            losses, weights, n_tokens = backward(losses_of, objective, model.loss_weights, batches, dtype, world)
             for method in methods:
                 method.after_backward()
             loss = sum(weights[name] * value for name, value in losses.items())
@@ -164,7 +170,7 @@ def train(
                         raise diverged(done, f"the validation loss is {figures['val_loss']}", done, folder)
                     row |= {name: value for name, value in figures.items() if isinstance(value, float)}
                     world.say(f"step {done:>{len(str(steps))}}: " + describe(figures))
-                    if objective.best and done >= settled:
+                    if objective.best and done >= best_from:
                         keep_best(state, figures, objective.best, model, folder, world)
                 if world.main:
                     checkpoints.append_metrics(folder, row)
@@ -254,38 +260,42 @@ def micro_batches(task: Task, step: int, size: int, options: TrainConfig, world:
 def backward(
     losses_of: nn.Module,
     objective: object,
-    known: dict[str, float],
+    extra_weights: dict[str, float],
     batches: list[tuple[int, Batch]],
     dtype: torch.dtype,
     world: World,
 ) -> tuple[dict[str, float], dict[str, float], int]:
     """Leaves the gradient of the step's whole batch in the parameters: of all losses that objective and model return.
 
-    known: weights of losses by name; any other loss counts objective.default_weight.
-    Returns ({name: mean loss in nats}, {name: its weight}, real tokens), losses and tokens over all ranks.
+    extra_weights: of the model's own losses. Returns ({name: mean loss in nats}, {name: its weight}, real tokens), all
+    of all ranks. Raises ValueError for a count or a weight without a loss, and for a name that is taken.
     """
     counted = [objective.counts(batch) for _, batch in batches]
-    names = list(counted[0])
-    totals = [sum(counts[name] for counts in counted) for name in names]
+    if any(counts.keys() != counted[0].keys() for counts in counted):
+        raise ValueError(f"micro-batches count different losses: {sorted(map(sorted, counted))}")
+    totals = [sum(counts[name] for counts in counted) for name in counted[0]]
     totals = torch.tensor([*totals, sum(batch.n_tokens for _, batch in batches)], device=world.device)
     *totals, n_tokens = world.sum(totals).tolist()
-    counts = dict(zip(names, totals, strict=True))
+    counts = dict(zip(counted[0], totals, strict=True))
 
     sums: dict[str, Tensor] = {}
-    named = counts.keys() | known.keys()
     for i, (seed, batch) in enumerate(batches):
         torch.manual_seed(seed)
         # Ranks exchange gradients once, with the last micro-batch; DDP looks at this during the forward pass.
         alone = world.size > 1 and i + 1 < len(batches)
         with losses_of.no_sync() if alone else contextlib.nullcontext():
             with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                losses = losses_of(batch.to(world.device).inputs)
-            if missing := named - losses.keys():
+                asked, extra = losses_of(batch.to(world.device).inputs)
+            if taken := asked.keys() & extra.keys() | (asked.keys() | extra.keys()) & RESERVED:
+                raise ValueError(f"two losses, or a figure of the log, have the name {', '.join(sorted(taken))}")
+            weights = {name: objective.loss_weights.get(name, objective.default_weight) for name in asked}
+            weights |= {name: extra_weights.get(name, 1.0) for name in extra}
+            if missing := (counts.keys() | objective.loss_weights.keys() | extra_weights.keys()) - weights.keys():
                 raise ValueError(f"there is a count or a weight, but no loss, of the name {', '.join(sorted(missing))}")
             # Σ over all micro-batches and ranks of (summed loss / the whole batch's count) is the batch's mean loss.
             # Backward passes add up a rank's own; DDP averages over the ranks, so world.size makes that a sum.
-            weights = {name: known.get(name, objective.default_weight) for name in losses}
-            shares = {name: weights[name] * world.size / counts.get(name, n_tokens) for name in losses}
+            shares = {name: weight * world.size / counts.get(name, n_tokens) for name, weight in weights.items()}
+            losses = asked | extra
             sum(share * losses[name] for name, share in shares.items()).backward()
         for name, value in losses.items():
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()

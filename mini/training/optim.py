@@ -109,13 +109,13 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     return optimizers
 
 
-def orthogonalize(G: Tensor, steps: int = 4) -> Tensor:
+def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     """Drives the singular values of each matrix of G (n, rows, cols) towards 1, keeping its singular vectors.
 
-    Newton-Schulz iteration X <- QX, Q = aI + bA + cA², A = XXᵀ; its coefficients trade exactness for speed, so that
-    singular values end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon"). Here only A, of the smaller side m, and
-    the product P of all Q are iterated, A <- QAQ, for everything in it commutes; G is multiplied once, at the end. This
-    asks for all bits of float32: small singular values are squared in A.
+    Newton-Schulz iteration X <- QX, Q = aI + bA + cA², A = XXᵀ; its coefficients trade exactness for speed: singular
+    values of a hundredth of the largest and more end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon"). Here only
+    A, of the smaller side m, and the product P of all Q are iterated, A <- QAQ, for everything in it commutes; G is
+    multiplied once, at the end. This asks for all bits of float32: small singular values are squared in A.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     precision = torch.get_float32_matmul_precision()
@@ -161,13 +161,12 @@ class Muon(torch.optim.Optimizer):
             states = [self.state[p] for p in params]
             if params:
                 torch._foreach_lerp_([s["momentum"] for s in states], [p.grad for p in params], 1 - group["momentum"])
-            rate = group["lr"] * self.turns
+            rate, turn = group["lr"] * self.turns, int(states[0]["step"]) if states else 0  # all have counted as far
             # Fused matrices are cut into their parts, each of which is orthogonalised alone; all are grouped by shape.
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for i, (p, state) in enumerate(zip(params, states, strict=True)):
-                mine = (i + int(state["step"])) % self.turns == 0
                 state["step"] += 1
-                if not mine:
+                if (i + turn) % self.turns:
                     continue
                 update = torch.lerp(p.grad, state["momentum"], group["momentum"])  # Nesterov: look one step ahead
                 p.mul_(1 - rate * group["weight_decay"])

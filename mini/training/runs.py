@@ -39,7 +39,7 @@ except ImportError:
     fcntl = None
 
 MODELS: dict[str, type[Model]] = {"gpt": GPT, "bert": Bert}
-FORMAT = 1
+FORMAT = 2  # 1: finished runs open, but one that is not finished cannot go on, as training has changed
 MANY = 8  # differences between two runs: the others are only counted
 
 
@@ -73,13 +73,13 @@ def read_config(folder: str | Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"{folder}: not a run folder (it has no config.json); name one, or a new folder for --out")
     values = read_json(path)
-    if values.pop("format", None) != FORMAT:
+    if values.pop("format", None) not in (1, FORMAT):
         raise UserError(f"{path}: not written by this version of mini")
     config = from_dict(RunConfig, values, path)
-    if config.kind not in MODELS or config.task not in (*TASKS, ""):
+    if config.kind not in MODELS or config.task not in TASKS:
         raise UserError(f"{path}: a run of kind {config.kind!r} and task {config.task!r}, which mini does not know")
     if config.task_options is not None:
-        own = TASKS[config.task].Config if config.task else None
+        own = TASKS[config.task].Config
         if own is None:
             raise UserError(f"{path}: task_options, which {config.task!r} has not")
         config.task_options = from_dict(own, config.task_options, f"{path}: task_options")
@@ -201,6 +201,8 @@ def claim(
         remove_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         differences = compare(read_config(folder), config)
+        if read_json(folder / "config.json")["format"] != FORMAT and not (folder / "result.json").exists():
+            differences = ["it was begun by an older version, whose training was another"]
         if differences:
             if len(differences) > MANY:
                 differences = [*differences[:MANY], f"and {len(differences) - MANY} more"]

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ FINETUNE = dict(
     optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,
     epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
 )  # fmt: skip
+MUON_FINETUNE = 0.002  # its learning rate there (docs/log.md)
 
 
 @dataclass
@@ -78,7 +79,7 @@ def read_settings(
     defaults = dict(task=name, out=folder if name == names[0] else f"{folder}-{name}")
     if not task.pretrains:
         defaults = {**FINETUNE, **(finetune or {}), **defaults}
-    defaults |= other_optimizer(argv, presets.get(preset, {}) | defaults)
+    defaults |= other_optimizer(argv, presets.get(preset, {}) | defaults, task.pretrains)
     classes = [Job, ModelConfig, DataConfig, OptimConfig, TrainConfig, *filter(None, [task.Config])]
     description = f"{description}\n\n--task is one of {', '.join(names)}; each has flags and defaults of its own."
     objects, given = parse_flags(argv, classes, description, presets, **defaults)
@@ -93,11 +94,13 @@ def read_settings(
     return settings
 
 
-def other_optimizer(argv: list[str], defaults: dict) -> dict:
-    """Where --optimizer names another than the defaults do: their learning rates mean nothing to it."""
+def other_optimizer(argv: list[str], defaults: dict, pretrains: bool, share: float = 1.0) -> dict:
+    """Where --optimizer names another than the defaults do: its own learning rates, since theirs mean nothing to it."""
     mine = peek(argv, "optimizer", None)
-    same = mine in (None, defaults.get("optimizer", OptimConfig().optimizer))
-    return {} if same else dict(lr=None, embed_lr=0.0, head_lr=0.0)
+    if mine not in ("muon", "adamw") or mine == defaults.get("optimizer", OptimConfig().optimizer):
+        return {}
+    usual = OptimConfig(optimizer=mine).lr if pretrains else MUON_FINETUNE if mine == "muon" else FINETUNE["lr"]
+    return dict(lr=share * usual, embed_lr=0.0, head_lr=0.0)
 
 
 def check_length(settings: Settings) -> None:
@@ -116,23 +119,23 @@ def open_init(settings: Settings, init: str) -> None:
     shape, given = settings.source.config, settings.given
     if shape.positions == "learned" and "max_len" in given and settings.model.max_len > shape.max_len:
         raise UserError(f"--max_len {settings.model.max_len}: {init} has learned positions for {shape.max_len} tokens")
-    settings.model = settled(settings.model, shape, given, init)
+    refuse_fixed(settings.model, shape, given, init)
+    settings.model = dataclasses.replace(shape, **{n: v for n, v in vars(settings.model).items() if n in given})
     if not runs.is_published(init):
         saved = runs.read_config(init)
         settings.quant = saved.quant
         if isinstance(saved.task_options, settings.task.Config or ()):
+            refuse_fixed(settings.task_options, saved.task_options, given, init)
             fixed = {f.name for f in dataclasses.fields(saved.task_options) if f.metadata.get("fixed")}
-            others = set(vars(saved.task_options)) - fixed  # of these the run's own values mean nothing
-            settings.task_options = settled(settings.task_options, saved.task_options, given | others, init)
+            theirs = {name: getattr(saved.task_options, name) for name in fixed}
+            settings.task_options = dataclasses.replace(settings.task_options, **theirs)
 
 
-def settled(mine, theirs, given: set[str], init: str):
-    """Their settings with those of mine that were given. Raises UserError for one that a run fixes."""
-    values = {name: value for name, value in vars(mine).items() if name in given}
+def refuse_fixed(mine, theirs, given: set[str], init: str) -> None:
+    """Raises UserError for a given setting that a run has fixed for all that begins with it."""
     for f in dataclasses.fields(theirs):
-        if f.metadata.get("fixed") and f.name in values and values[f.name] != getattr(theirs, f.name):
-            raise UserError(f"--{f.name} {values[f.name]}: {init} has {getattr(theirs, f.name)}; leave it out")
-    return dataclasses.replace(theirs, **values)
+        if f.metadata.get("fixed") and f.name in given and getattr(mine, f.name) != getattr(theirs, f.name):
+            raise UserError(f"--{f.name} {getattr(mine, f.name)}: {init} has {getattr(theirs, f.name)}; leave it out")
 
 
 def special_tokens(settings: Settings) -> tuple[str, ...]:
@@ -236,8 +239,8 @@ def train_run(
     tokenizer: Tokenizer,
     world: World,
     objective: object = None,
-    methods: Iterable = (),
-    settled: int = 0,
+    methods: Sequence = (),
+    best_from: int = 0,
 ) -> None:
     """Trains in the run's folder, new or going on, and says how it went. The rest is as train() takes it."""
     s = settings
@@ -245,6 +248,7 @@ def train_run(
         s.kind, s.job.task, s.model, s.data, s.optim, s.train, s.task_options, s.job.init, list(task.labels),
         task.checksum, **({"quant": s.quant} | s.compression),
     )  # fmt: skip
+    task.check(model)
     out = Path(s.job.out)
     locked = world.main_first(lambda: runs.claim(out, config, tokenizer, s.job.overwrite, world.main))
     result = read_result(out)
@@ -254,7 +258,7 @@ def train_run(
         world.say(prologue(model, task, world))
         if sparse.masks_of(model) and not methods:
             methods = [sparse.HoldMasks(model)]
-        result = train(model, task, s.train, s.optim, out, world, objective, methods, settled)
+        result = train(model, task, s.train, s.optim, out, world, objective, methods, best_from)
 
     if world.main:
         print("\n" + epilogue(task, result))

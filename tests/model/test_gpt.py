@@ -298,3 +298,18 @@ def test_deepcopy_keeps_the_head_tied():
     model = copy.deepcopy(build())
     assert model.head.weight is model.stack.tokens.weight
     assert F.linear(torch.ones(1, 32), model.head.weight).shape == (1, 50)
+
+
+def test_weights_stored_in_fewer_bits_are_multiplied_in_float32():
+    """The same as rounding the weights alone; what is computed from them is not rounded."""
+    model, tokens = build(**VARIANTS["modern"]), random_tokens(2, 9)
+    rounded = build(**VARIANTS["modern"])
+    with torch.no_grad():
+        for module in rounded.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                module.weight.copy_(module.weight.bfloat16())
+        assert model.store(torch.bfloat16).head.weight.dtype == torch.bfloat16
+        torch.testing.assert_close(model(tokens), rounded(tokens), atol=1e-6, rtol=1e-6)
+        assert model(tokens).dtype == torch.float32
+    prompt = random_tokens(1, 4)
+    assert torch.equal(model.generate(prompt, 8), rounded.generate(prompt, 8))

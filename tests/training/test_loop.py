@@ -265,7 +265,7 @@ def test_two_processes_cannot_train_in_one_folder(dropout_run, cache, tmp_path, 
         command_line(*argv), env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
+        while first.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
             time.sleep(0.05)
         assert "another process is training here" in command(*argv, status=2).stderr
         assert "another process" in command(*argv, "--overwrite", "true", status=2).stderr

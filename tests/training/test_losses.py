@@ -5,7 +5,7 @@ import torch
 from conftest import TINY, last_json, metrics
 from torch import nn
 
-from mini import GPT, Bert, ModelConfig
+from mini import GPT, Bert, ModelConfig, load_run
 from mini.tasks.base import Batch, Task
 from mini.tasks.lm import LanguageModelling
 from mini.training.devices import World
@@ -38,10 +38,10 @@ class Model(nn.Module):
         return {}
 
 
-def gradient(model, task, batches, known=None):
-    known = known or {**model.loss_weights, **task.loss_weights}
+def gradient(model, task, batches):
     numbered = list(enumerate(batches))
-    means, weights, n = backward(Losses(model, task), task, known, numbered, torch.float32, World("cpu"))
+    losses = Losses(model, task)
+    means, weights, n = backward(losses, task, model.loss_weights, numbered, torch.float32, World("cpu"))
     return means, weights, n, float(model.w.grad)
 
 
@@ -53,12 +53,31 @@ def test_an_uncounted_loss_is_trained_too_over_the_real_tokens():
     assert slope == pytest.approx(2 * 6 / 3 + 0.25 * 6 / 15)
 
 
-@pytest.mark.parametrize(
-    "counts, known, name", [({"first": 2, "third": 2}, {}, "third"), ({}, {"fourth": 1.0}, "fourth")]
-)
-def test_a_count_or_a_weight_without_a_loss_is_an_error(counts, known, name):
-    with pytest.raises(ValueError, match=f"no loss, of the name {name}"):
-        gradient(Model(), Two(), [Batch({"x": torch.ones(4)}, counts, 10)], {"second": 0.25, **known})
+def test_what_does_not_fit_together_is_an_error():
+    """Counts and weights without a loss, micro-batches that count otherwise, and names that are taken."""
+    model, x = Model(), {"x": torch.ones(4)}
+    with pytest.raises(ValueError, match="no loss, of the name third"):
+        gradient(model, Two(), [Batch(x, {"first": 2, "third": 2}, 10)])
+    model.loss_weights = {"fourth": 1.0}
+    with pytest.raises(ValueError, match="no loss, of the name fourth"):
+        gradient(model, Two(), [Batch(x, {"first": 2}, 10)])
+    model.loss_weights = {}
+    with pytest.raises(ValueError, match="count different losses"):
+        gradient(model, Two(), [Batch(x, {"first": 2}, 10), Batch(x, {"second": 2}, 10)])
+    for name in ("first", "lr"):
+        model.extra_losses = lambda name=name: {name: model.w}
+        with pytest.raises(ValueError, match=f"have the name {name}"):
+            gradient(model, Two(), [Batch(x, {"first": 2}, 10)])
+
+
+@pytest.mark.parametrize("default", [0.0, 2.0])
+def test_a_models_own_loss_does_not_have_the_weight_of_the_tasks(default):
+    """As under distillation, where `default` is that of the labels."""
+    task, model = Two(), Model()
+    task.default_weight = default
+    model.extra_losses = lambda: {"extra": model.w * 7}
+    _, weights, _, _ = gradient(model, task, [Batch({"x": torch.ones(4)}, {"first": 2}, 10)])
+    assert weights == {"first": default, "second": 0.25, "extra": 1.0}
 
 
 def test_what_a_model_asks_for_is_trained_with_its_own_weight():
@@ -120,3 +139,19 @@ def test_another_optimizer_does_not_keep_the_presets_rates():
     assert preset.optimizer == "muon" and train_gpt.read(["--optimizer", "muon"]).optim == preset
     assert train_gpt.read(["--preset", "gpt2"]).optim.lr == 6e-4
     assert train_gpt.read(["--preset", "gpt2", "--optimizer", "muon"]).optim.lr == 0.02
+    compress_lr = train_gpt.read(["--task", "pairs", "--optimizer", "muon"]).optim.lr
+    assert compress_lr == 0.002
+
+
+def test_fewer_steps_than_turns_leave_no_matrix_out(text_file, tmp_path, command):
+    runs = []
+    for steps in (2, 3):
+        flags = ["--steps", steps, "--eval_every", 0, "--sample_every", 0, "--zero_init", "false"]
+        command("train_gpt.py", "--data", text_file, *TINY, *flags, "--turns", 8, "--out", tmp_path / str(steps))
+        runs.append(load_run(tmp_path / str(steps))[0])
+    fresh = type(runs[0])(runs[0].config)
+    torch.manual_seed(1)
+    fresh = type(fresh)(fresh.config)
+    for run in runs:
+        for name, parameter in run.stack.blocks.named_parameters():
+            assert not torch.equal(parameter, fresh.stack.blocks.get_parameter(name)), name
