@@ -19,8 +19,8 @@ GPT2 = dict(
     checkpoint_every=1000,
 )  # fmt: skip
 GPT_PRESETS: dict[str, dict] = {
-    "laptop": dict(LAPTOP, max_len=256, vocab_size=1024, weight_decay=0.1, batch_size=4, steps=1400, eval_every=350,
-                   sample_every=350, checkpoint_every=350),
+    "laptop": dict(LAPTOP, max_len=256, vocab_size=1024, weight_decay=0.1, batch_size=4, steps=1000, eval_every=250,
+                   sample_every=250, checkpoint_every=250),
     "char": dict(
         MODERN, n_layers=4, n_heads=4, d_model=128, max_len=64, tokenizer="bytes", data="tinyshakespeare",
         batch_size=12, steps=2000, eval_every=500,

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from mini.model.config import ModelConfig
 from mini.model.published import bert_config, bert_tensors, with_heads
 from mini.model.transformer import (
-    Dropout,
     Linear,
     Model,
     at_positions,
@@ -44,7 +43,6 @@ class Bert(Model):
         self.nsp = nn.Linear(C, 2) if config.nsp else None
         self.classifier = nn.Linear(C, config.n_classes) if config.n_classes else None
         self.spans = nn.Linear(C, 2) if config.spans else None
-        self.dropout = Dropout(config.dropout)
         initialise(self, torch.initial_seed())
 
     def freeze_unused(self) -> None:
@@ -102,7 +100,7 @@ class Bert(Model):
     def classify(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None) -> Tensor:
         """tokens (B, T) padded at the right to lengths (B,) -> class logits (B, n_classes)."""
         pooled = self.pool(self.encode(tokens, lengths, segments), real_tokens(tokens, lengths))
-        return self.classifier(self.dropout(pooled))
+        return self.classifier(self.stack.dropout(pooled))
 
     def find_spans(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None) -> Tensor:
         """Logits (B, 2, T) of an answer's first token, and of its last."""

@@ -51,6 +51,7 @@ class Task:
     Config: type | None = None  # its own settings, which are flags of this task only
     kinds: tuple[str, ...] = ()  # the kinds of models that can learn it
     pretrains = False  # on running text (--data); others learn from the examples of --train and --valid
+    reads_text = True  # whether it learns from text at all; else train and valid are None
     files: tuple[str, ...] = ()  # endings of those, or the name of a set that is there without them
     special_tokens: tuple[str, ...] = ()  # needed beside the model's own
     command = ""  # of `python -m mini`, that uses a run of it

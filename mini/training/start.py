@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mini.errors import UserError, nearest
-from mini.flags import Checked, option, parse_flags, peek
+from mini.flags import Checked, field_names, option, parse_flags, peek
 from mini.model import int8, sparse
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
@@ -86,6 +86,8 @@ def read_settings(
     settings = Settings(kind, *objects[:5], *(objects[5:] or [None]), given)
     if task.pretrains and settings.data.train:
         raise UserError(f"--train is a file to fine-tune on; --task {name} reads --data")
+    if not task.reads_text and (unused := given & (field_names(DataConfig) - {"tokenizer"})):
+        raise UserError(f"--{min(unused)} has no effect here: --task {name} makes its examples itself; leave it out")
     check_length(settings)
     if not settings.train.trains:
         raise UserError("--steps 0: must be at least 1")
@@ -181,7 +183,10 @@ def open_task(settings: Settings, world: World) -> tuple[Task, Tokenizer]:
     """
     task, data, model, training = settings.task, settings.data, settings.model, settings.train
     tokenizer, special = settings.tokenizer, special_tokens(settings)
-    if task.pretrains:
+    if not task.reads_text:
+        train = valid = None
+        tokenizer = tokenizer or make_tokenizer(data.tokenizer, lambda: task.texts(""), model.vocab_size, special)
+    elif task.pretrains:
         folder, tokenizer = world.main_first(
             lambda: prepare_tokens(data, model.vocab_size, tokenizer, settings.given, special)
         )

@@ -134,7 +134,7 @@ def test_changed_config_is_refused(dropout_run, command):
     folder, flags, _ = dropout_run
     before = weights_of(folder)
     done = command(*flags, "--out", folder, "--lr", 0.5, "--d_model", 64, status=2)
-    assert "d_model was 32, now 64" in done.stderr and "lr was 0.01, now 0.5" in done.stderr
+    assert "d_model was 32, now 64" in done.stderr and "lr was 0.005, now 0.5" in done.stderr
     assert done.stderr.count("\n") == 1 and weights_of(folder) == before
     command(*flags, "--out", folder, "--log_every", 7)  # what does not touch the result may change
 
@@ -278,8 +278,8 @@ def test_init_starts_from_the_weights(dropout_run, text_file, tmp_path, command)
     flags = ["train_gpt.py", "--init", folder, "--data", text_file, "--steps", 1, "--lr", 1e-9, "--optimizer", "adamw"]
     done = command(*flags, "--eval_every", 0, "--sample_every", 0, "--out", tmp_path / "run")
     assert last_json(done)["val_loss"] == pytest.approx(result["val_loss"], rel=1e-2)
-    refused = ["--steps", 1, "--d_model", 16, "--out", tmp_path / "refused"]
-    assert "--d_model 16: " in command("train_gpt.py", "--init", folder, "--data", text_file, *refused, status=2).stderr
+    refused = ["--steps", 1, "--d_model", 48, "--out", tmp_path / "refused"]
+    assert "--d_model 48: " in command("train_gpt.py", "--init", folder, "--data", text_file, *refused, status=2).stderr
     assert not (tmp_path / "refused").exists()
     tensors = load_tensors(tmp_path / "run" / "model.safetensors")
     for name, tensor in load_tensors(folder / "model.safetensors").items():
