@@ -10,7 +10,7 @@ MODERN = dict(
 # Three minutes on two cores without bfloat16: tables that cost no arithmetic, many small steps (docs/log.md).
 LAPTOP = dict(
     MODERN, n_layers=4, n_heads=3, d_model=192, value_embeddings=True, lr=0.005, embed_lr=0.005, head_lr=0.0025,
-    cooldown=0.8, turns=2,
+    cooldown=0.8, turns=4,
 )  # fmt: skip
 # GPT-2's ways (Radford et al. 2019) with the training values of nanoGPT's reproduction.
 GPT2 = dict(
@@ -19,8 +19,8 @@ GPT2 = dict(
     checkpoint_every=1000,
 )  # fmt: skip
 GPT_PRESETS: dict[str, dict] = {
-    "laptop": dict(LAPTOP, max_len=256, vocab_size=1024, weight_decay=0.1, batch_size=4, steps=1000, eval_every=250,
-                   sample_every=250, checkpoint_every=250),
+    "laptop": dict(LAPTOP, max_len=256, vocab_size=1024, weight_decay=0.1, batch_size=4, steps=1150, eval_every=575,
+                   sample_every=575, checkpoint_every=230),
     "char": dict(
         MODERN, n_layers=4, n_heads=4, d_model=128, max_len=64, tokenizer="bytes", data="tinyshakespeare",
         batch_size=12, steps=2000, eval_every=500,
@@ -39,8 +39,8 @@ BERT = dict(
     steps=1_000_000, eval_every=5000, checkpoint_every=5000,
 )  # fmt: skip
 BERT_PRESETS: dict[str, dict] = {
-    "bert-laptop": dict(LAPTOP, **ENCODER, max_len=128, vocab_size=2048, batch_size=16, steps=800, eval_every=200,
-                        sample_every=200, checkpoint_every=200),
+    "bert-laptop": dict(LAPTOP, **ENCODER, max_len=128, vocab_size=2048, batch_size=16, steps=600, eval_every=300,
+                        sample_every=300, checkpoint_every=150),
     "bert-tiny": dict(BERT, n_layers=2, n_heads=2, d_model=128),
     "bert-mini": dict(BERT, n_layers=4, n_heads=4, d_model=256),
     "bert-small": dict(BERT, n_layers=4, n_heads=8, d_model=512),
