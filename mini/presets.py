@@ -10,7 +10,7 @@ MODERN = dict(
 # Three minutes on two cores without bfloat16: tables that cost no arithmetic, many small steps (docs/log.md).
 LAPTOP = dict(
     MODERN, n_layers=4, n_heads=3, d_model=192, value_embeddings=True, lr=0.005, embed_lr=0.005, head_lr=0.0025,
-    cooldown=0.8, turns=4,
+    turns=2,
 )  # fmt: skip
 # GPT-2's ways (Radford et al. 2019) with the training values of nanoGPT's reproduction.
 GPT2 = dict(
@@ -19,8 +19,8 @@ GPT2 = dict(
     checkpoint_every=1000,
 )  # fmt: skip
 GPT_PRESETS: dict[str, dict] = {
-    "laptop": dict(LAPTOP, max_len=256, vocab_size=1024, weight_decay=0.1, batch_size=4, steps=1150, eval_every=575,
-                   sample_every=575, checkpoint_every=230),
+    "laptop": dict(LAPTOP, max_len=256, vocab_size=1024, weight_decay=0.1, batch_size=4, steps=1040, eval_every=520,
+                   sample_every=520, checkpoint_every=260),
     "char": dict(
         MODERN, n_layers=4, n_heads=4, d_model=128, max_len=64, tokenizer="bytes", data="tinyshakespeare",
         batch_size=12, steps=2000, eval_every=500,
