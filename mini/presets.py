@@ -23,7 +23,7 @@ GPT_PRESETS: dict[str, dict] = {
                    sample_every=520, checkpoint_every=260),
     "char": dict(
         MODERN, n_layers=4, n_heads=4, d_model=128, max_len=64, tokenizer="bytes", data="tinyshakespeare",
-        batch_size=12, steps=2000, eval_every=500,
+        batch_size=12, steps=2000, eval_every=500, turns=1,
     ),
     "gpt2": dict(GPT2, n_layers=12, n_heads=12, d_model=768),
     "gpt2-medium": dict(GPT2, n_layers=24, n_heads=16, d_model=1024, lr=3e-4),
