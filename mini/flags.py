@@ -57,16 +57,15 @@ def field_names(cls) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
 
 
-def from_dict(cls, values: object, where: str | Path, ignore_unknown: bool = False):
+def from_dict(cls, values: object, where: str | Path):
     """A dataclass from the object of a JSON file; each value has to be of its field's type, a missing one its default.
 
-    where: the file, for messages. ignore_unknown: for files of other programs, whose other keys mean nothing here.
-    Raises UserError for anything else.
+    where: the file, for messages. Raises UserError for anything else.
     """
     if not isinstance(values, dict):
         raise UserError(f"{where}: should be an object {{...}}, not {shown(values)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    if not ignore_unknown and (unknown := sorted(values.keys() - fields.keys())):
+    if unknown := sorted(values.keys() - fields.keys()):
         raise UserError(f"{where}: unknown {', '.join(unknown)}: was this made by a newer version of mini?")
     for name, f in fields.items():
         if name not in values and f.default is f.default_factory is dataclasses.MISSING:

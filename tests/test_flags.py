@@ -120,6 +120,5 @@ def test_json_of_a_wrong_type_is_refused_by_its_place(values, message):
 def test_json_of_the_right_type_is_taken():
     found = from_dict(Outer, {"inner": {"n": 1}, "rate": 1, "sizes": [1, 2], "table": {"a": 1}}, "a.json")
     assert found == Outer(Inner(1), 1, [1, 2], None, {"a": 1})
-    assert from_dict(Inner, {"n": 1, "other": []}, "x", ignore_unknown=True) == Inner(1)
     with pytest.raises(UserError, match=r"x: --mask_rate 2"):
         from_dict(MLMConfig, {"mask_rate": 2}, "x")

@@ -20,9 +20,7 @@ class Batch:
     """What a model computes on, and what the sums of losses are divided by."""
 
     inputs: dict[str, Tensor]
-    counts: dict[
-        str, int
-    ]  # for each loss, over how many predictions it is summed; one that is missing: over all tokens
+    counts: dict[str, int]  # for each loss, over how many predictions it is summed; if missing, over all tokens
     n_tokens: int  # real tokens that go through the model
     n_bytes: int = 0  # of the text that is predicted, where bits per byte are asked for
 

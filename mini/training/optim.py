@@ -123,9 +123,7 @@ def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     tall = G.size(-2) > G.size(-1)
     G = G.float() / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     A = G.mT @ G if tall else G @ G.mT  # (n, m, m)
-    size = (
-        A.norm(dim=(-2, -1), keepdim=True) + 1e-14
-    )  # no less than the largest singular value's square, which is to be 1
+    size = A.norm(dim=(-2, -1), keepdim=True) + 1e-14  # at least the largest singular value's square, to be 1
     A, P = A / size, None
     for i in range(steps):
         Q = torch.baddbmm(A, A, A, beta=b, alpha=c)

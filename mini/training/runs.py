@@ -173,9 +173,7 @@ def read_labels(folder: str | Path) -> list[str]:
     """The labels of a run's classification head; none where it has no such head."""
     if is_published(folder):
         names = read_json(Path(folder) / "config.json").get("id2label")
-        if not isinstance(names, dict) or not all(
-            i.isdigit() for i in names
-        ):  # there are none, or not as they should be
+        if not isinstance(names, dict) or not all(map(str.isdigit, names)):  # none, or not as they should be
             return []
         return [str(names[i]) for i in sorted(names, key=int)]
     return read_config(folder).labels
