@@ -10,13 +10,12 @@ from mini.compression.prune import CubicPruning, PruneConfig
 from mini.compression.quantize import QuantConfig, calibrate
 from mini.compression.shrink import ReduceConfig
 from mini.compression.start import CompressOptions, calibration, read_compression, refuse_int8, run_compressed
-from mini.errors import UserError
-from mini.flags import dispatch, parse_flags, peek, run_command
+from mini.flags import UserError, dispatch, parse_flags, peek, run_command
 from mini.model import int8, sparse
 from mini.tasks import TASKS
-from mini.text.prepare import DataConfig
+from mini.text.corpus import DataConfig
 from mini.training.devices import World
-from mini.training.loop import TrainConfig, total_steps
+from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
 from mini.training.start import learn, make_world, open_own_task, open_run
 
@@ -39,19 +38,17 @@ def prune_run(argv: list[str]) -> None:
     if not options.units and options.sparsity < first - 1e-4:  # matrices round, each for itself
         raise UserError(f"--sparsity {options.sparsity}: {s.job.init} has {first:.4g} already")
     world = make_world(s.train)
-    task, tokenizer = open_own_task(s, world)
+    task = open_own_task(s, world)
     model.to(world.device)
     examples = calibration(task, options.calibrate) if options.method in ("wanda", "gradient") else None
     if options.units:
         gates = shrink.choose_units(model, options, s.train.seed, examples)
         model = shrink.without_units(model, options.pattern, world.agree([gate.cpu() for gate in gates]))
-        return run_compressed(s, model, task, tokenizer, world)
+        return run_compressed(s, model, task, world)
     prune.prune(model, options, first if cubic else options.sparsity, s.train.seed, examples)
     masks = world.agree({name: mask.cpu() for name, mask in sparse.masks_of(model).items()})
     sparse.set_masks(model, {name: mask.to(world.device) for name, mask in masks.items()})
-    methods = [CubicPruning(model, options, s.train.seed)] if cubic else []
-    best_from = prune.ramp_end(total_steps(s.train, task)) if cubic else 0
-    run_compressed(s, model, task, tokenizer, world, methods, best_from)
+    run_compressed(s, model, task, world, [CubicPruning(model, options, s.train.seed)] if cubic else [])
 
 
 def quantize_run(argv: list[str]) -> None:
@@ -63,12 +60,12 @@ def quantize_run(argv: list[str]) -> None:
     if options.scheme == "dynamic" and (unused := s.given & {"observer", "calibrate"}):
         raise UserError(f"--{min(unused)}: --scheme dynamic has no ranges to find; take static or qat, or leave it out")
     world = make_world(s.train)
-    task, tokenizer = open_own_task(s, world)
+    task = open_own_task(s, world)
     model, ranges = s.source.to(world.device), {}
     if options.scheme != "dynamic":
         ranges = world.agree(calibrate(model, options.observer, calibration(task, options.calibrate)))
     world.say(f"Served as int8: {int8.backend(world.device.type)}")
-    run_compressed(s, int8.prepare(model, ranges), task, tokenizer, world)
+    run_compressed(s, int8.prepare(model, ranges), task, world)
 
 
 def reduce_run(argv: list[str]) -> None:
@@ -77,7 +74,7 @@ def reduce_run(argv: list[str]) -> None:
     keep = shrink.layers_to_keep(options, s.model.n_layers, s.given, s.job.init)
     refuse_int8(s, "reduce first, then quantize")
     world = make_world(s.train)
-    task, tokenizer = open_own_task(s, world)
+    task = open_own_task(s, world)
     if keep is None:
         s.source.to(world.device)
         values = world.agree(shrink.influence(s.source, calibration(task, options.calibrate)))
@@ -85,7 +82,7 @@ def reduce_run(argv: list[str]) -> None:
         order = sorted(range(len(values)), key=lambda i: -values[i])
         keep = sorted(order[: options.layers])
     world.say(f"Layers kept: {', '.join(map(str, keep))}")
-    run_compressed(s, shrink.without_layers(s.source, keep), task, tokenizer, world)
+    run_compressed(s, shrink.without_layers(s.source, keep), task, world)
 
 
 def distill_run(argv: list[str]) -> None:

@@ -2,14 +2,13 @@
 
 from mini.flags import run_command
 from mini.presets import BERT_PRESETS
-from mini.training.start import Settings, learn, make_world, read_settings
-
-FINETUNE = dict(lr=5e-5)  # Devlin et al. 2019, A.3; small models learn faster with more
+from mini.training.start import FINETUNE, Settings, learn, make_world, read_settings
 
 
 def read(argv: list[str]) -> Settings:
     """What the command line says."""
-    return read_settings(argv, __doc__, "bert", BERT_PRESETS, FINETUNE)
+    finetune = FINETUNE | dict(lr=5e-5)  # Devlin et al. 2019, A.3; small models learn faster with more
+    return read_settings(argv, __doc__, "bert", BERT_PRESETS, finetune)
 
 
 def main(argv: list[str]) -> None:

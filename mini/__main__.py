@@ -1,10 +1,9 @@
 """One door for everything but training: python -m mini COMMAND (or, installed, mini COMMAND)."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,21 +14,19 @@ from tqdm import tqdm
 
 from mini import bench as benchmarks
 from mini.compression import rewrite as rewriting
-from mini.errors import UserError
-from mini.flags import Checked, dispatch, option, parse_flags, peek, run_command
+from mini.flags import Checked, UserError, dispatch, option, parse_flags, peek, run_command
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.presets import BERT
 from mini.storage import atomic_file, write_text
-from mini.tasks import squad
+from mini.tasks import qa
 from mini.tasks.classify import ClassifyConfig
 from mini.tasks.inputs import cut_note, masked_ids, pad, pad_texts, text_ids
 from mini.tasks.masked import show_token
-from mini.tasks.squad import QAConfig
-from mini.text.prepare import DataConfig, write_token_folder
+from mini.text.corpus import DataConfig
 from mini.text.rows import read_rows
 from mini.text.tokenizer import Tokenizer
-from mini.text.tokens import is_token_folder
+from mini.text.tokens import is_token_folder, write_token_folder
 from mini.text.words import NORMALIZATIONS, normalize, parse_steps
 from mini.training.checkpoints import read_result
 from mini.training.devices import can_compile, pick_device, progress_bar
@@ -68,6 +65,7 @@ def sample(argv: list[str]) -> None:
     model, tokenizer = load_run(options.run, device, kind="gpt")
     model.to(getattr(torch, options.dtype))
     rows = [tokenizer.encode(prompt) for prompt in options.prompts]
+    lengths = torch.tensor([len(row) for row in rows], device=device)
     for prompt, row in zip(options.prompts, rows, strict=True):
         if not row:
             raise UserError(f"the prompt {prompt!r} has no tokens: give at least one character")
@@ -78,17 +76,11 @@ def sample(argv: list[str]) -> None:
             raise UserError(f"--stop {options.stop!r} is {len(ids)} tokens of this tokenizer, and must be one")
         stop += ids
     stream = model.stream(
-        pad(rows, 0).to(device),
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k or None,
-        top_p=options.top_p if options.top_p < 1 else None,
-        stop=stop,
-        use_cache=options.use_cache,
-        compile=options.compile and can_compile(device, tqdm.write),
+        pad(rows, 0).to(device), options.max_new_tokens, temperature=options.temperature, top_k=options.top_k or None,
+        top_p=options.top_p if options.top_p < 1 else None, stop=stop, use_cache=options.use_cache,
+        compile=options.compile and can_compile(device, tqdm.write), lengths=lengths,
         generator=torch.Generator(device).manual_seed(options.seed),
-        lengths=torch.tensor([len(row) for row in rows], device=device),
-    )
+    )  # fmt: skip
     if len(rows) == 1:  # to the terminal as it comes
         print(options.prompts[0], end="", flush=True)
         new = (int(token) for token in stream)
@@ -118,10 +110,7 @@ def classify(argv: list[str]) -> None:
         check_out(options.out, options.texts)
     model, tokenizer = load_run(options.run, pick_device(options.device))
     if not model.config.n_classes:
-        raise UserError(
-            f"{options.run} is not a classifier: make one of it with "
-            f"python train_{model.kind}.py --task classify --init {options.run} --train FILE --valid FILE"
-        )
+        raise UserError(f"{options.run} is not a classifier: train_{model.kind}.py --task classify makes one of it")
     labels = read_labels(options.run)
     if len(labels) != model.config.n_classes:  # published without names
         labels = [f"LABEL_{i}" for i in range(model.config.n_classes)]
@@ -177,12 +166,10 @@ def for_all(texts: list, where: str, compute: Callable, model: Model, tokenizer:
     return torch.cat(outputs)[np.argsort(order)]
 
 
-def progress(items: list, batch_size: int) -> Iterator[list]:
-    """The items, batch_size at a time, with a bar if it takes long."""
-    with progress_bar(total=len(items), leave=False, delay=2, unit="text") as bar:
-        for i in range(0, len(items), batch_size):
-            yield items[i : i + batch_size]
-            bar.update(batch_size)
+def progress(items: list, size: int) -> Iterator[list]:
+    """The items, so many at a time, with a bar if it takes long."""
+    chunks = [items[i : i + size] for i in range(0, len(items), size)]
+    yield from progress_bar(chunks, leave=False, delay=2, unit="batch")
 
 
 def task_options(run: str, kind: type):
@@ -240,21 +227,21 @@ def answer(argv: list[str]) -> None:
     device = pick_device(options.device)
     model, tokenizer = load_run(options.run, device, kind="bert")
     if model.spans is None:
-        raise UserError(
-            f"{options.run} answers no questions: make a run of it that does with "
-            f"python train_bert.py --task qa --init {options.run} --train FILE --valid FILE"
-        )
-    settings = task_options(options.run, QAConfig)
-    notes: list[str] = []
-    windows = squad.ask(options.question, options.context, tokenizer, model.config.max_len, settings, notes)
+        raise UserError(f"{options.run} answers no questions: train_bert.py --task qa makes a run of it that does")
+    for name in ("question", "context"):
+        if not getattr(options, name).strip():
+            raise UserError(f"--{name}: it is empty")
+    settings, notes = task_options(options.run, qa.QAConfig), []
+    question = qa.Question("", options.question, options.context, [], [])
+    windows = qa.cut_windows([question], tokenizer, model.config.max_len, settings, notes)
     warn(notes)
     spans = []
     for chunk in progress(windows, 32):
-        inputs = squad.collate(chunk, tokenizer, list(range(len(chunk)))).to(device).inputs
+        inputs = qa.collate(chunk, tokenizer).to(device).inputs
         logits = model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"])
-        found = squad.best_spans(*logits.unbind(1), inputs["context"], settings.n_best, settings.max_answer)
+        found = qa.best_spans(*logits.unbind(1), inputs["context"], settings.n_best, settings.max_answer)
         spans.append(found.cpu())
-    ((null, answers),) = squad.collect(windows, torch.cat(spans))
+    ((null, answers),) = qa.collect(windows, torch.cat(spans))
     threshold = (read_result(Path(options.run)) or {}).get("null_threshold")
     scores = [found.score for found in answers] + ([null] if threshold is not None else [])
     shares = torch.tensor(scores).softmax(dim=0).tolist()  # among the candidates, as in Devlin's run_squad.py
@@ -347,7 +334,7 @@ def tokens(argv: list[str]) -> None:
     if is_token_folder(options.out):
         raise UserError(f"{options.out} is a token folder already: delete it, or name another with --out")
     files = options.files[0] if len(options.files) == 1 else options.files
-    data = dataclasses.replace(data, data=files)
+    data = replace(data, data=files)
     folder = write_token_folder(data, options.vocab_size, None, Path(options.out), options.workers or None)
     splits = folder.meta["splits"]
     for name, split in splits.items():

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 
 from mini.compression.distill import RECIPES, Distillation, DistillConfig, make_student
-from mini.compression.measure import call_times
-from mini.errors import UserError
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
 from mini.model.transformer import Model
@@ -23,28 +21,24 @@ from mini.tasks import TASKS
 from mini.tasks.base import Task
 from mini.tasks.masked import MLMConfig
 from mini.text.corpus import DataConfig, open_corpus
-from mini.text.prepare import BPE_BYTES
 from mini.text.tokenizer import ByteTokenizer, train_bpe
-from mini.text.tokens import TokenFile, write_tokens
+from mini.text.tokens import BPE_BYTES, TokenFile, write_tokens
 from mini.training.checkpoints import read_metrics
 from mini.training.devices import World, can_compile, device_name, pick_dtype
 from mini.training.loop import TrainConfig, train
 from mini.training.optim import OptimConfig
 from mini.training.runs import MODELS
-from mini.training.speed import matmul_speed
+from mini.training.speed import call_times, matmul_speed
 
 PROMPT = 8  # tokens that a generation goes on from
+WHAT = ("all", "train", "generate", "mlm", "distill", "tokens")
 
 
 @dataclass
 class BenchOptions(Checked):
     """Measure training, generation and tokenization. The sizes of the model are flags, its text is random."""
 
-    what: str = option(
-        "all",
-        "train and generate, one of them, mlm (a BERT's training), distill, or tokens (of --data)",
-        ("all", "train", "generate", "mlm", "distill", "tokens"),
-    )
+    what: str = option("all", "all: train, generate; mlm: a BERT's training; tokens: of --data", WHAT)
     batch_size: int = option(8, "sequences of a training step", low=1)
     steps: int = option(40, "training steps; the first quarter warms up", low=20)
     batches: str = option("1,8", "batch sizes to generate with")
@@ -76,21 +70,11 @@ def bench(options: BenchOptions, config: ModelConfig) -> None:
         "matmul_gflops": round(matmul_speed(world.device, dtype) / 1e9),
     }
     world.say(", ".join(f"{key} {value}" for key, value in figures.items()))
-    if options.what in ("all", "train", "mlm"):
-        rate, share = training_speed(options, *random_task(options, config), world)
-        figures |= {"train_tokens_per_s": rate, "train_mfu": share}
-        world.say(f"training: {rate:,.0f} tokens/s, {share:.0%} of the matmul speed")
-    if options.what in ("all", "generate"):
-        for batch in map(int, options.batches.split(",")):
-            rate = generation_speed(options, config, batch, dtype, world)
-            figures[f"generate_tokens_per_s_batch_{batch}"] = rate
-            world.say(f"generation, batch {batch}: {rate:,.0f} tokens/s")
-    if options.what == "distill":
-        figures |= distillation_cost(options, config, dtype, world)
-        world.say(", ".join(f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)))
-    if options.what == "tokens":
-        figures |= tokenization(options, config)
-        world.say(", ".join(f"{name} {value:,.1f}" for name, value in figures.items() if isinstance(value, float)))
+    parts = dict(train=training, mlm=training, generate=generation, distill=distillation_cost, tokens=tokenization)
+    for name in ("train", "generate") if options.what == "all" else (options.what,):
+        found = parts[name](options, config, world)
+        world.say(", ".join(f"{k} {v:,.0f}" if v > 99 else f"{k} {v:.3g}" for k, v in found.items()))
+        figures |= found
     print(json.dumps(figures))
 
 
@@ -109,6 +93,12 @@ def random_task(options: BenchOptions, config: ModelConfig) -> tuple[Task, Model
     return task, MODELS[kind](replace(config, **task.heads()))
 
 
+def training(options: BenchOptions, config: ModelConfig, world: World) -> dict:
+    """Tokens/s, and the share of the matmul speed."""
+    rate, share = training_speed(options, *random_task(options, config), world)
+    return {"train_tokens_per_s": rate, "train_mfu": share}
+
+
 def training_speed(options: BenchOptions, task: Task, model: Model, world: World, objective: object = None) -> tuple:
     """Medians of the loop's own log lines after the warm-up: tokens/s, share of the device's matmul speed."""
     training = TrainConfig(
@@ -122,19 +112,20 @@ def training_speed(options: BenchOptions, task: Task, model: Model, world: World
     return tuple(statistics.median(row.get(name, 0) for row in rows) for name in ("tokens_per_s", "mfu"))
 
 
-def distillation_cost(options: BenchOptions, config: ModelConfig, dtype: torch.dtype, world: World) -> dict:
+def distillation_cost(options: BenchOptions, config: ModelConfig, world: World) -> dict:
     """ms of a step of a student of half the layers alone, of its teacher's forward pass, and of each recipe's step.
 
     The ratios are (a recipe's step - the teacher's forward pass) / the student's step alone.
     """
     task, teacher = random_task(options, config)
     teacher.to(world.device).eval()
+    bf16 = pick_dtype(options.dtype, world.device) == torch.bfloat16
     numbers = np.arange(options.steps * options.batch_size).reshape(options.steps, -1)
     batches = iter([task.batch(row).to(world.device) for row in numbers])
 
     @torch.no_grad()
     def forward() -> None:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             teacher.answers(next(batches).inputs)
 
     figures = {"teacher_ms": 1000 * statistics.median(call_times(forward, options.steps, world.device))}
@@ -147,24 +138,27 @@ def distillation_cost(options: BenchOptions, config: ModelConfig, dtype: torch.d
     return figures
 
 
-def generation_speed(options: BenchOptions, config: ModelConfig, batch: int, dtype: torch.dtype, world: World) -> float:
-    """New tokens per second over the whole batch, greedy, with the cache, the weights stored in dtype.
+def generation(options: BenchOptions, config: ModelConfig, world: World) -> dict:
+    """New tokens per second over the whole batch, greedy, with the cache, the weights stored in --dtype.
 
     Where the hardware has no bfloat16, single tokens are computed in float32 from weights stored in bfloat16.
     """
-    torch.manual_seed(0)
-    model = GPT(config).to(world.device, dtype).eval()
-    prompt = torch.randint(config.vocab_size, (batch, PROMPT), device=world.device)
+    figures = {}
     compiled = options.compile != "false" and can_compile(world.device, world.say)
-    if compiled and batch == 1 and options.dtype == "auto" and not world.on_gpu:
-        model.store(torch.bfloat16)
-    world.say(f"weights of batch {batch} are stored in {model.head.weight.dtype}")
-    generate = partial(model.generate, prompt, options.new_tokens, compile=compiled)
-    times = call_times(generate, 1 + options.repeats, world.device)[1:]  # the first warms up
-    return batch * options.new_tokens / statistics.median(times)
+    for batch in map(int, options.batches.split(",")):
+        torch.manual_seed(0)
+        model = GPT(config).to(world.device, pick_dtype(options.dtype, world.device)).eval()
+        prompt = torch.randint(config.vocab_size, (batch, PROMPT), device=world.device)
+        if compiled and batch == 1 and options.dtype == "auto" and not world.on_gpu:
+            model.store(torch.bfloat16)
+        world.say(f"weights of batch {batch} are stored in {model.head.weight.dtype}")
+        generate = partial(model.generate, prompt, options.new_tokens, compile=compiled)
+        times = call_times(generate, 1 + options.repeats, world.device)[1:]  # the first warms up
+        figures[f"generate_tokens_per_s_batch_{batch}"] = batch * options.new_tokens / statistics.median(times)
+    return figures
 
 
-def tokenization(options: BenchOptions, config: ModelConfig) -> dict:
+def tokenization(options: BenchOptions, config: ModelConfig, world: World) -> dict:
     """BPE training and encoding of --data, nothing cached, and the most memory this process ever held."""
     train_split, valid_split = open_corpus(DataConfig(options.data))
     start = time.perf_counter()

@@ -1,48 +1,54 @@
-"""Dataclasses <-> JSON and command line: each field is a flag, a line of --help and a key of config.json.
+"""Dataclasses <-> JSON and command line: each field is a flag, a line of --help and a key of config.json. And what
+a person is told who gets one wrong.
 
 The settings themselves stand with the code that reads them.
 """
 
 import argparse
 import dataclasses
+import difflib
+import functools
 import math
 import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field
 from pathlib import Path
 
-from mini.errors import UserError, nearest
+
+class UserError(Exception):
+    """A user's mistake or a broken input: shown as one line, exit status 2, no traceback."""
 
 
+def nearest(name: str, names: Iterable[str]) -> str:
+    """' (did you mean X?)', or nothing when no name is close."""
+    close = difflib.get_close_matches(name, sorted(names), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+# ---------------------------------------------------------------- a dataclass of options
 def option(default, help: str, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf, **extra):
     """A dataclass field with its line of --help, and what it may be: one of the choices, or within low..high.
 
     extra: flag=False is no flag; positional="1" or "+" has no --name; resume=True may differ when a run goes on;
     fixed=True is settled by a run for all that start from it; head=True asks for a head of the model.
     """
-    metadata = dict(help=help, choices=choices, low=low, high=high, **extra)
-    return (
-        field(default_factory=list, metadata=metadata) if default == [] else field(default=default, metadata=metadata)
-    )
+    start = dict(default_factory=list) if default == [] else dict(default=default)
+    return field(metadata=dict(help=help, choices=choices, low=low, high=high, **extra), **start)
 
 
 def check(config) -> None:
     """Raises UserError for a value outside its field's choices or bounds; nan is outside of all."""
     for f in dataclasses.fields(config):
-        value, choices = getattr(config, f.name), f.metadata.get("choices", ())
+        value, (choices, low, high) = getattr(config, f.name), (f.metadata[k] for k in ("choices", "low", "high"))
         if choices and value not in choices:
             raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}{nearest(str(value), choices)}")
-        low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not (low <= number <= high and math.isfinite(number)):
-                least = f"at least {low:g}" if low > -math.inf else ""
-                most = f"at most {high:g}" if high < math.inf else ""
-                raise UserError(
-                    f"--{f.name} {number}: must be {' and '.join(filter(None, [least, most])) or 'a number'}"
-                )
+                bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
+                raise UserError(f"--{f.name} {number}: must be {' and '.join(bounds) or 'a number'}")
 
 
 class Checked:
@@ -129,6 +135,9 @@ def parse_value(name: str, text: str | list[str], kind):
         raise UserError(f"--{name} {text}: expected {wanted}") from None
 
 
+WIDE = functools.partial(argparse.HelpFormatter, max_help_position=34, width=118)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but its complaints are UserErrors and name the flag that was probably meant."""
 
@@ -158,14 +167,9 @@ def add_flags(parser: argparse.ArgumentParser, cls, defaults: dict, without: set
         if nargs := f.metadata.get("positional"):  # "1" or, as in argparse, "+" for one or more
             group.add_argument(f.name, metavar=f.name.upper(), nargs=None if nargs == "1" else nargs, help=help)
             continue
-        metavar = "|".join(f.metadata["choices"]) or _metavar(f.type)
+        kind = (typing.get_args(f.type) or (f.type,))[0]
+        metavar = "|".join(f.metadata["choices"]) or {int: "N", float: "X", bool: "true|false"}.get(kind, "S")
         group.add_argument(f"--{f.name}", metavar=metavar, help=f"{help} [{shown}]", default=argparse.SUPPRESS)
-
-
-def _metavar(kind) -> str:
-    names = {int: "N", float: "X", bool: "true|false", str: "S"}
-    options = typing.get_args(kind) or (kind,)
-    return names.get(options[0], "S")
 
 
 def peek(argv: list[str], name: str, default: str) -> str:
@@ -175,14 +179,8 @@ def peek(argv: list[str], name: str, default: str) -> str:
     return getattr(parser.parse_known_args(argv)[0], name)
 
 
-def parse_flags(
-    argv: list[str],
-    classes: list,
-    description: str,
-    presets: dict[str, dict] | None = None,
-    without: set[str] = frozenset(),
-    **defaults,
-):
+def parse_flags(argv: list[str], classes: list, description: str, presets: dict[str, dict] | None = None,
+                without: set[str] = frozenset(), **defaults):  # fmt: skip
     """Reads a command line into dataclasses: the fields' defaults < preset < defaults < flags.
 
     presets: those of --preset, the first of them its default. without: fields that are no flags of this command.
@@ -191,7 +189,7 @@ def parse_flags(
     Returns ([one object for each class], the names of the flags that were given).
     Raises UserError for anything unknown or misspelt, naming the nearest flag.
     """
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=_formatter)
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=WIDE)
     if presets:
         names, first = ", ".join(presets), next(iter(presets))
         parser.add_argument("--preset", metavar="NAME", default=first, help=f"{names} [{first}]")
@@ -215,10 +213,6 @@ def parse_flags(
                 values[f.name] = parse_value(f.name, given[f.name], f.type)
         objects.append(cls(**values))
     return objects, set(given)
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.HelpFormatter(prog, max_help_position=34, width=118)
 
 
 def dispatch(argv: list[str], commands: dict[str, tuple[Callable, str]], program: str) -> None:

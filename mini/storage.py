@@ -1,8 +1,7 @@
 """Files that are whole or not there: atomic writes, checksums, and tensors as safetensors.
 
-A safetensors file is 8 bytes (the header's length, little-endian), a JSON header that names each tensor's
-dtype, shape and place, then the raw bytes. Nothing in it can run code, and it can be memory-mapped.
-Format: https://github.com/huggingface/safetensors#format
+A safetensors file (https://github.com/huggingface/safetensors#format) is 8 bytes, the header's length, little-endian; a
+JSON header with each tensor's dtype, shape and place; the raw bytes. It can run no code, and can be memory-mapped.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mini.errors import UserError
+from mini.flags import UserError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -24,7 +23,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 
 
 def fsync(path: Path) -> None:
@@ -148,7 +146,7 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
+        if size < 8 or length > min(size - 8, 100_000_000):  # the limit of the reference implementation
             raise refuse(f"its header should be {length:,} bytes long, but the file has {size:,}")
         text = file.read(length)
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]

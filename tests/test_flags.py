@@ -3,12 +3,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mini.errors import UserError
-from mini.flags import field_names, from_dict, parse_flags
+from mini.flags import UserError, field_names, from_dict, parse_flags
 from mini.model.config import ModelConfig
 from mini.presets import BERT_PRESETS, GPT_PRESETS
 from mini.tasks.masked import MLMConfig
-from mini.text.prepare import DataConfig
+from mini.text.corpus import DataConfig
 from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
 from mini.training.start import Job

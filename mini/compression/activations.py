@@ -13,13 +13,6 @@ from mini.training.devices import progress_bar
 
 
 @dataclass
-class QKV:
-    q: Tensor  # each (B, H, T, D), as they enter the attention
-    k: Tensor
-    v: Tensor
-
-
-@dataclass
 class Activations:
     """Of one forward pass."""
 
@@ -27,7 +20,7 @@ class Activations:
     view: View | None = None  # who saw whom
     hidden: list[Tensor] = field(default_factory=list)  # L + 1 of (B, T, C): what enters the blocks, what leaves each
     final: Tensor | None = None  # (B, T, C): what leaves the last, with pre-norm normed
-    attention: list[QKV] = field(default_factory=list)  # of each block
+    attention: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # of each block q, k, v (B, H, T, D)
 
 
 @contextlib.contextmanager
@@ -49,7 +42,7 @@ def recording(model: Model) -> Iterator[Activations]:
     def noting(attend: Callable) -> Callable:
         def call(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
             seen.view = view
-            seen.attention.append(QKV(q, k, v))
+            seen.attention.append((q, k, v))
             return attend(q, k, v, view, dropout)
 
         return call

@@ -22,26 +22,24 @@ Each loss is a sum over N predictions or tokens, which the loop divides by their
 depends on padding, or on how a batch is cut. `hard` weighs the task's own losses, of the labels.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini.compression.activations import QKV, Activations, recording
+from mini.compression.activations import Activations, recording
 from mini.compression.shrink import chosen_layers, without_layers
 from mini.compression.teacher_cache import TeacherCache, merged_soft_targets
-from mini.errors import UserError
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, option
 from mini.model.bert import NEVER
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model, draw
 from mini.tasks.base import Batch, Task
 
-# What a student learns, and how much each counts: Hinton et al. 2015, §2; Sanh et al. 2019, §3; Jiao et al. 2020, §3.1;
-# Wang et al. 2021, with the labels beside, for the head.
+# What a student learns, and how much each counts: as in the papers; minilm has the labels beside, for the head.
 LOSSES = ("soft", "cosine", "embedding", "hidden", "attention", "relations")  # beside "hard", the task's own
 RECIPES = {
     "hinton": dict(soft=0.5, hard=0.5),
@@ -50,10 +48,8 @@ RECIPES = {
     "minilm": dict(relations=1.0, hard=1.0),
 }
 # A student's share of its teacher's layers and of its width.
-STUDENTS = {
-    "distilbert": (1 / 2, 1), "distilgpt2": (1 / 2, 1), "tinybert6": (1 / 2, 1), "tinybert4": (1 / 3, 312 / 768),
-    "minilm6": (1 / 2, 1 / 2),
-}  # fmt: skip
+STUDENTS = {"distilbert": (1 / 2, 1), "distilgpt2": (1 / 2, 1), "tinybert6": (1 / 2, 1),
+            "tinybert4": (1 / 3, 312 / 768), "minilm6": (1 / 2, 1 / 2)}  # fmt: skip
 PROJECTED = ("cosine", "embedding", "hidden")  # those between vectors whose widths may differ
 
 
@@ -62,27 +58,19 @@ class DistillConfig(Checked):
     """Who learns, and what of its teacher; the weight of a loss is the recipe's, if no flag gives it."""
 
     recipe: str = option("hinton", "losses and weights of these papers", tuple(RECIPES))
-    student: str = option(
-        "distilbert",
-        "half the teacher's layers; tinybert4: a third, 0.41 as wide; minilm6: half of both",
-        tuple(STUDENTS),
-    )
+    student: str = option("distilbert", "half the layers; tinybert4: 1/3, 0.41 as wide; minilm6: half", (*STUDENTS,))
     n_layers: int = option(0, "of the student; 0: as its size has", low=0)
     n_heads: int = option(0, "of the student; 0: as the teacher has", low=0)
     d_model: int = option(0, "of the student; 0: as its size has", low=0)
     d_ff: int = option(0, "of the student; 0: in proportion", low=0)
     start: str = option(
-        "auto", "random, or layers of the teacher: uniform (0,2,4,7,9,11 of 12), first, last, 0,2,4; auto: if they fit"
+        "auto", "random, or the teacher's layers: uniform, first, last, 0,2,4; auto: uniform, if they fit"
     )
     init: str | None = option(None, "a run that the student goes on from, instead of --student and --start")
-    general: str | None = option(
-        None, "tinybert: pretrained run of its first step, which has that run's settings (but --data, --seed)"
-    )
+    general: str | None = option(None, "tinybert: the pretrained run that its first step distils, with its settings")
     general_steps: int = option(0, "tinybert: of its first step; 0: as many as that run had", low=0)
     copies: int = option(4, "tinybert: of each labelled text, with other words by the pretrained BERT", low=0)
-    layer_map: str = option(
-        "uniform", "who learns from which: uniform (2,5,8,11 of 12), last, first, or teacher:student 0:0,2:1"
-    )
+    layer_map: str = option("uniform", "who learns from whom: uniform, last, first, or teacher:student, like 0:0,2:1")
     temperature: float = option(2.0, "of the soft targets", low=0.01)
     alpha: float | None = option(None, "weight of the soft targets, 1 - alpha that of the labels", low=0, high=1)
     hard: float | None = option(None, "weight of the task's own loss, of the labels", low=0)
@@ -142,12 +130,12 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.float() - teacher.float()).square().mean(dim=-1).sum()
 
 
-def attention_error(student: QKV, teacher: QKV, visible: Tensor, real: Tensor) -> Tensor:
+def attention_error(student: Sequence[Tensor], teacher: Sequence[Tensor], visible: Tensor, real: Tensor) -> Tensor:
     """Σ over queries of the mean over heads and visible keys of (A_S - A_T)², A = QKᵀ/√D before softmax.
 
-    visible (B, T, T): which keys a query may look at; real (B, T): the queries that count.
+    student, teacher: q, k, ..; visible (B, T, T): which keys a query may look at; real (B, T): the queries that count.
     """
-    error = (scores(student.q, student.k).float() - scores(teacher.q, teacher.k)).square()  # (B, H, T, T)
+    error = (scores(*student[:2]).float() - scores(*teacher[:2])).square()  # (B, H, T, T)
     per_query = (error * visible[:, None]).sum(dim=-1) / visible.sum(dim=-1).clamp(min=1)[:, None]  # (B, H, T)
     return (per_query.mean(dim=1) * real).sum()
 
@@ -234,13 +222,13 @@ def student_config(teacher: ModelConfig, options: DistillConfig) -> ModelConfig:
     d_ff = options.d_ff or round(teacher.d_ff * d_model / teacher.d_model)  # 0 stays: it follows d_model
     alike = (d_model, n_heads) == (teacher.d_model, teacher.n_heads)
     heads = {} if alike else dict(d_head=0, n_kv_heads=0)
-    return dataclasses.replace(teacher, n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_ff=d_ff, **heads)
+    return replace(teacher, n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_ff=d_ff, **heads)
 
 
 def first_layers(teacher: ModelConfig, options: DistillConfig) -> list[int] | None:
     """The teacher's layers that a student begins with, their masks included; None where it begins at random."""
     student, n = student_config(teacher, options), teacher.n_layers
-    alike = student.n_layers <= n and dataclasses.replace(student, n_layers=n) == teacher
+    alike = student.n_layers <= n and replace(student, n_layers=n) == teacher
     if options.start == "random" or (options.start == "auto" and not alike):
         return None
     if not alike:
@@ -340,6 +328,6 @@ class Distillation:
         if name == "attention":
             return sum(attention_error(mine.attention[m], theirs.attention[t], visible, real) for m, t in pairs)
         m, t = pairs[-1]  # one layer of each, with --layer_map last or uniform the last
-        a, b = mine.attention[m], theirs.attention[t]
-        heads = self.options.relation_heads or b.q.size(1)
-        return sum(relation_error(x, y, heads, visible, real) for x, y in ((a.q, b.q), (a.k, b.k), (a.v, b.v)))
+        heads = self.options.relation_heads or theirs.attention[t][0].size(1)
+        qkv = zip(mine.attention[m], theirs.attention[t], strict=True)
+        return sum(relation_error(x, y, heads, visible, real) for x, y in qkv)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from mini.compression.activations import Examples, seeing
-from mini.errors import UserError
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, option
 from mini.model.sparse import HoldMasks, masks_of, prunable, set_masks, sparsity
 from mini.model.transformer import Linear, Model
 
@@ -29,9 +28,7 @@ class PruneConfig(Checked):
     """What is taken out of a model, and how it is chosen."""
 
     sparsity: float = option(0.5, "share of the weights, heads or neurons that goes", low=0)
-    method: str = option(
-        "magnitude", "how they are judged; gradient: heads, neurons", ("magnitude", "random", "wanda", "gradient")
-    )
+    method: str = option("magnitude", "the judge; gradient: of units", ("magnitude", "random", "wanda", "gradient"))
     scope: str = option("layer", "compared within a layer, or all with each other", ("layer", "global"))
     pattern: str = option("unstructured", "single weights; N:M, of M inputs N stay, such as 2:4; heads; neurons")
     schedule: str = option("oneshot", "all at once, or more and more of them while training", ("oneshot", "cubic"))
@@ -173,3 +170,6 @@ class CubicPruning(HoldMasks):
             prune(self.model, self.options, max(sparsity(self.model), wanted), self.seed)
         else:
             super().after_step(done, steps)
+
+    def settled(self, done: int, steps: int) -> bool:
+        return done >= ramp_end(steps)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mini.compression.activations import Examples, seeing
-from mini.errors import UserError
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, option
 from mini.model.int8 import affine, matrices, quantize
 from mini.model.transformer import Model
 
@@ -22,11 +21,7 @@ SAMPLE = 2**14  # values that an observer keeps of each batch
 class QuantConfig(Checked):
     """Int8 weights, and how what is multiplied with them is quantized."""
 
-    scheme: str = option(
-        "dynamic",
-        "scales of each token when it comes; one for all, found beforehand; the same, and weights trained within it",
-        ("dynamic", "static", "qat"),
-    )
+    scheme: str = option("dynamic", "scales of each token; found before; and trained", ("dynamic", "static", "qat"))
     observer: str = option("minmax", "how static and qat find the fixed ranges", ("minmax", "ema", "percentile", "mse"))
     calibrate: int = option(256, "training examples that static and qat look at for it", low=0)
 

@@ -1,33 +1,40 @@
 """Runs side by side: each measured in a process of its own, one table, and a picture of size, speed and quality."""
 
+import gc
 import json
-import os
+import multiprocessing
 import platform
-import subprocess
+import resource
+import statistics
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from mini.errors import UserError
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, option
 from mini.model import int8, sparse
-from mini.storage import load_tensors, write_json, write_text
-from mini.training.devices import device_name, pick_device
+from mini.model.transformer import KVCache, Model
+from mini.storage import digest_tensors, load_tensors, save_tensors, write_json, write_text
+from mini.training.devices import World, can_compile, device_name, keep_memory, pick_device
+from mini.training.loop import evaluate
 from mini.training.runs import load_model
-from mini.training.speed import load_pyplot
+from mini.training.speed import call_times, load_pyplot
+from mini.training.start import open_own_task, open_run
 
+CONTEXT = 64  # tokens before the one that a GPT's single step adds
 BUSY = 2.0  # the slowest tenth of the times of one measurement over the fastest tenth
 LEGEND = (
     "MB: on disk, as stored, or as this form would be. torch-int8: PyTorch's own quantize_dynamic of the first run. "
-    "int8, bf16: int8 matrices, the rest in bfloat16. Nonzeros: parameters that are not masked. Times: the median of "
-    "forward passes of (batch, tokens); (1, 1) is a further token of a text. Memory: the most held beside what the "
-    "process began with. Change, largest difference: to the first row, where both are judged on the same data; the "
-    "latter of the outputs for 8 of its texts. Speed: zeros in dense matrices, or int8 without int8 products, make "
-    "nothing faster; what would is simulated."
+    "int8, bf16: int8 matrices, the rest in bfloat16. Nonzeros: parameters that are not masked. Times: medians of "
+    "forward passes of (batch, tokens); (1, 1) is a further token. Memory: the most held beside what it began with. "
+    "Change, largest difference: to the first row, where both are judged on the same data; the latter of outputs for "
+    "8 of its texts. Speed: zeros in dense matrices, or int8 without int8 products, make nothing faster: simulated."
 )
 
 
@@ -60,7 +67,7 @@ def compare(options: ReportOptions) -> None:
         reference = Path(folder) / "reference"
         for run, form in tqdm(forms, unit="row", leave=False):
             outputs = reference if not rows else Path(folder) / "outputs"
-            row = measured(run, form, outputs, options)
+            row = in_own_process(run, form, outputs, options)
             if row is None:
                 continue
             row["difference"] = difference(reference, outputs)
@@ -80,20 +87,17 @@ def compare(options: ReportOptions) -> None:
     print(json.dumps({"out": str(out), "rows": len(rows)}))
 
 
-def measured(run: str, form: str, outputs: Path, options: ReportOptions) -> dict | None:
+def in_own_process(run: str, form: str, outputs: Path, options: ReportOptions) -> dict | None:
     """The figures of one row; None where torch's own int8 does not work here."""
-    home = str(Path(__file__).parents[2])  # where `mini` is, whatever folder this one was called from
-    paths = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "mini.compression.measure", run, "--form", form, "--outputs", str(outputs)]
-    command += ["--repeats", str(options.repeats), "--compile", str(options.compile), "--device", options.device]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
-    if form == "torch-int8":  # not every version of PyTorch has it
-        tqdm.write(f"{run} as {form}: not measured ({reason})")
-        return None
-    raise UserError(f"{run}: it could not be measured ({reason.removeprefix('error: ')})")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        how = options.compile, options.repeats, options.device
+        try:
+            return process.submit(measure, run, form, outputs, *how).result()
+        except Exception as error:  # what another process fails of, out of memory say, is one line too
+            if form != "torch-int8":  # which not every version of PyTorch has
+                raise UserError(f"{run}: it could not be measured ({error})") from None
+            tqdm.write(f"{run} as {form}: not measured ({error})")
+            return None
 
 
 def difference(a: Path, b: Path) -> float | None:
@@ -170,3 +174,125 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+# ---------------------------------------------------------------- one row
+def measure(run: str, form: str, outputs: Path, compile: bool, repeats: int, device: str) -> dict:
+    """Size, speed, memory and quality of a run; its outputs for a few texts go to a file, to be compared with others'.
+
+    form: "saved", as it is; "bf16", whatever of it is float32 in bfloat16; "torch-int8", torch's own dynamic int8.
+    """
+    world = World(device)
+    empty = memory(world.device)
+    settings = open_run(run)
+    model = settings.source.eval()
+    compiled = compile and can_compile(world.device, lambda why: None)
+    figures = {"run": run, "form": form, "compiled": compiled, "seed": settings.train.seed}
+    figures |= size(model, run, form, world.device)
+    if form == "bf16":
+        model.bfloat16()
+    if form == "torch-int8":
+        model = torch_int8(model)
+    model.to(world.device)
+    settings.source = None
+    gc.collect()
+
+    memory(world.device)  # loading does not count
+    keep_memory()
+    with torch.inference_mode():
+        figures |= speed(model, repeats, compiled, world.device)
+    figures["memory_mb"] = memory(world.device) - empty
+    task = open_own_task(settings, world)
+    judged = evaluate(model, task, world, torch.float32, 8)
+    figures |= {name: value for name, value in judged.items() if isinstance(value, float)}
+    judged_on = [digest_tensors(batch.inputs) for batch in task.validation(32)]
+    figures |= {"judged_by": task.best or "val_loss", "judged_on": digest_tensors({}, *judged_on)}
+    model.eval()
+    inputs = next(iter(task.validation(8))).to(world.device).inputs
+    with torch.inference_mode():
+        save_tensors(outputs, {"outputs": model.answer(inputs).float().cpu()})
+    return figures
+
+
+def size(model: Model, run: str, form: str, device: torch.device) -> dict:
+    """Bytes on disk, parameters, those that are not zero; and whether the speed comes from what is stored."""
+    masks, quantized, n = sparse.masks_of(model), int8.is_int8(model), model.num_params()
+    zeros = sum(int((~mask).sum()) for mask in masks.values())
+    path = Path(run) / "model.safetensors"
+    as_stored = path.is_file() and (form == "saved" or quantized)
+    stored = path.stat().st_size if as_stored else n * (2 if form == "bf16" else 4)
+    if form == "torch-int8":  # a byte for each weight of a linear layer; what is also an embedding stays, too
+        shared = model.stack.tokens.weight
+        for layer in int8.matrices(model).values():
+            stored += layer.weight.numel() * (1 if layer.weight is shared else 1 - 4)
+    real = int8.int8_units(device.type) if quantized else not masks
+    speed = "real" if real else "simulated"
+    if quantized and masks:
+        speed = f"int8 {speed}, zeros simulated"
+    return {"bytes": stored, "parameters": n, "nonzeros": n - zeros, "speed": speed, "int8": quantized}
+
+
+def torch_int8(model: Model) -> Model:
+    """torch's own dynamic quantization of the linear layers: one scale for each matrix, embeddings left alone."""
+    from torch.ao.quantization import quantize_dynamic
+
+    for name, layer in int8.matrices(model).items():
+        plain = nn.Linear(*layer.weight.t().shape, bias=layer.bias is not None, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        int8.put(model, name, plain)
+    return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+def speed(model: Model, repeats: int, compiled: bool, device: torch.device) -> dict:
+    """p50 latencies in ms: of (1, T) and (8, T) tokens, T = 128 or max_len, and of a GPT's next token.
+
+    spread: the largest ratio of the slowest tenth to the fastest of one of these; near 1 on an idle machine.
+    """
+    T = min(128, model.config.max_len)
+    figures, spreads = {"length": T}, []
+    if model.kind == "gpt" and not model.config.n_classes:
+        figures["ms_1_1"], spread = latency(single_step(model, device, compiled), repeats, device)
+        spreads.append(spread)
+    inductor = int8.INDUCTOR if int8.is_int8(model) else None
+    answer = torch.compile(model.answer, dynamic=False, options=inductor) if compiled else model.answer
+    asked = [T - 1] if model.kind == "gpt" else range(0, T, 7)  # the next token; one in seven is masked
+    for batch in (1, 8):
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(model.config.vocab_size, (batch, T), generator=generator).to(device)
+        positions = torch.tensor(asked, device=device).expand(batch, -1)  # (B, M)
+        inputs = {"tokens": tokens, "lengths": torch.full((batch,), T, device=device), "positions": positions}
+        ms, spread = latency(lambda inputs=inputs: answer(inputs), repeats, device)
+        figures[f"ms_{batch}_{T}"] = ms
+        spreads.append(spread)
+    return figures | {"tokens_per_s": 8 * T / ms * 1000, "spread": max(spreads)}
+
+
+def single_step(model: Model, device: torch.device, compiled: bool) -> Callable:
+    """A generation's step: one token after CONTEXT others, whose keys and values are kept."""
+    length = min(CONTEXT, model.config.max_len)
+    cache = KVCache(model.config, 1, length, device, model.stack.norm.weight.dtype)
+    new, positions = torch.zeros(1, 1, dtype=torch.long, device=device), torch.full((1, 1), length - 1, device=device)
+    step = torch.compile(model._step) if compiled else model._step
+    return lambda: step(new, positions, cache)
+
+
+def latency(call: Callable, repeats: int, device: torch.device) -> tuple[float, float]:
+    """(median time of a call in ms, after a few that warm up; how many times the slowest tenth is the fastest)."""
+    times = call_times(call, repeats + 3, device)[3:]
+    fast, *_, slow = statistics.quantiles(times, n=10) if repeats > 1 else times * 2
+    return 1000 * statistics.median(times), slow / fast
+
+
+def memory(device: torch.device) -> float:
+    """The most memory this process has held since the last call, in MB; of a GPU, what tensors take there."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 1e6
+    try:
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+        return int(status.split("VmHWM:")[1].split()[0]) / 1000
+    except (OSError, IndexError):  # not Linux: the peak since the process began
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

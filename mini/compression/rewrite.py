@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from mini.errors import UserError
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, option
+from mini.model.transformer import Model
 from mini.storage import write_text
 from mini.tasks.inputs import pad, text_ids
 from mini.tasks.order import mix
@@ -36,7 +35,7 @@ class RewriteConfig(Checked):
     seed: int = option(1, "of the draws", low=0, high=2**63 - 1)
 
 
-def rewrite(source: Path, out: Path, model: nn.Module, tokenizer: Tokenizer, options: RewriteConfig) -> int:
+def rewrite(source: Path, out: Path, model: Model, tokenizer: Tokenizer, options: RewriteConfig) -> int:
     """Writes a file like source, each row followed by its copies with the same label; returns the number of rows.
 
     model: a Bert with a head for masked tokens. Only the first max_len tokens of a text change.
@@ -55,9 +54,7 @@ def rewrite(source: Path, out: Path, model: nn.Module, tokenizer: Tokenizer, opt
     return len(rows)
 
 
-def written_anew(
-    model: nn.Module, tokenizer: Tokenizer, texts: list[str], options: RewriteConfig
-) -> Iterator[list[str]]:
+def written_anew(model: Model, tokenizer: Tokenizer, texts: list[str], options: RewriteConfig) -> Iterator[list[str]]:
     """For each text its copies."""
     words = word_tokens(tokenizer)
     with progress_bar(total=len(texts), desc="writing texts anew", unit="text", delay=2, leave=False) as bar:
@@ -83,7 +80,7 @@ def word_tokens(tokenizer: Tokenizer) -> np.ndarray:
 
 @torch.inference_mode()
 def candidates(
-    model: nn.Module, tokenizer: Tokenizer, rows: list[list[int]], words: np.ndarray, top: int
+    model: Model, tokenizer: Tokenizer, rows: list[list[int]], words: np.ndarray, top: int
 ) -> list[dict[int, list[int]]]:
     """For each text {place of a word of one token: the likeliest words there}."""
     device = next(model.parameters()).device

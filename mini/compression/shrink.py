@@ -5,10 +5,9 @@ its input (Men et al. 2024). What belongs to a head or neuron its module says it
 """
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from mini.compression.activations import Examples, seeing
 from mini.compression.prune import PruneConfig, keep_highest
-from mini.errors import UserError
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, option
 from mini.model.sparse import Masks, mask_key, mask_tensors
 from mini.model.transformer import Model
 from mini.storage import load_weights, weights
@@ -33,11 +31,7 @@ class ReduceConfig(Checked):
 
     keep: str = option("", "the layers that stay, counted from 0, such as 0,2,4,7,9,11")
     layers: int = option(0, "or how many", low=0)
-    by: str = option(
-        "uniform",
-        "evenly spread; first; last; those that change their input most",
-        ("uniform", "first", "last", "influence"),
-    )
+    by: str = option("uniform", "influence: those that change most", ("uniform", "first", "last", "influence"))
     calibrate: int = option(256, "training examples that influence looks at", low=1)
 
 
@@ -99,13 +93,11 @@ def importance(
 
 def unit_norms(module: nn.Module) -> Tensor:
     """(n,): the norm of all weights that belong to a head (Q, K, V, O) or a neuron (W₁, its gate, W₂), tables aside."""
-    total = 0.0
-    for name, (dim, places) in module.units().items():
-        weight = dict(module.named_parameters()).get(name)
-        table = (
-            getattr(module.get_submodule(name.rpartition(".")[0]), "by_token", False) if weight is not None else True
-        )
-        if not table and weight.ndim > 1:
+    total, units = 0.0, module.units()
+    tables = {f"{name}.weight" for name, child in module.named_modules() if getattr(child, "by_token", False)}
+    for name, weight in module.named_parameters():
+        if name in units and name not in tables and weight.ndim > 1:
+            dim, places = units[name]
             squares = weight.detach().square().sum(dim=tuple(d for d in range(weight.ndim) if d != dim))
             total = total + squares[places.to(weight.device)].sum(dim=1)  # (n, entries) -> (n)
     return total.sqrt()
@@ -150,8 +142,7 @@ def check_units(model: Model, options: PruneConfig) -> None:
 def without_units(model: Model, units: str, alive: list[Tensor]) -> Model:
     """The smaller model: it computes what the model does with these gates.
 
-    A head takes its rows of Q, K and V with it (and their biases) and its columns of O; a neuron its row of W₁, with
-    the bias, and its column of W₂.
+    A head takes its rows of Q, K, V (and biases) and its columns of O with it; a neuron its row of W₁ and column of W₂.
     """
     config, tensors = model.config, every_tensor(model)
     counts = [int(gate.sum()) for gate in alive]
@@ -167,7 +158,7 @@ def without_units(model: Model, units: str, alive: list[Tensor]) -> Model:
                 if key in tensors:
                     stay = places[kept].flatten().sort().values.to(tensors[key].device)
                     tensors[key] = tensors[key].index_select(dim, stay)
-    return rebuilt(model, dataclasses.replace(config, **changes), tensors)
+    return rebuilt(model, replace(config, **changes), tensors)
 
 
 # ---------------------------------------------------------------- layers
@@ -181,7 +172,7 @@ def without_layers(model: Model, keep: list[int]) -> Model:
         elif int(block[2]) in keep:
             tensors[f"{block[1]}{keep.index(int(block[2]))}{block[3]}"] = tensor
     changes = {name: [value[i] for i in keep] for name, value in vars(config).items() if isinstance(value, list)}
-    return rebuilt(model, dataclasses.replace(config, n_layers=len(keep), **changes), tensors)
+    return rebuilt(model, replace(config, n_layers=len(keep), **changes), tensors)
 
 
 def influence(model: Model, examples: Examples) -> list[float]:
@@ -253,9 +244,7 @@ def rebuilt(model: Model, config, tensors: dict[str, Tensor]) -> Model:
     for name in every_tensor(new).keys() - weights(new).keys():
         mine, theirs = new.get_buffer(name), tensors.get(name)
         if theirs is None or mine.shape != theirs.shape or not torch.equal(mine, theirs):
-            raise ValueError(
-                f"the buffer {name} depends on what was taken out: make it persistent, and say so in units()"
-            )
+            raise ValueError(f"the buffer {name} depends on what was taken out: make it persistent, list it in units()")
     unsaved = every_tensor(model).keys() - weights(model).keys()
     load_weights(new, {name: t for name, t in tensors.items() if name not in unsaved}, "the smaller model")
     return new.train(model.training)

@@ -1,21 +1,18 @@
 """From `compress.py COMMAND RUN --out RUN2 ...` to a run: the steps that its commands share."""
 
-import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mini.compression.activations import Examples
-from mini.errors import UserError
-from mini.flags import Checked, field_names, option, parse_flags, peek
+from mini.flags import Checked, UserError, field_names, option, parse_flags, peek
 from mini.model.transformer import Model
 from mini.tasks.base import Task
-from mini.text.prepare import DataConfig
-from mini.text.tokenizer import Tokenizer
+from mini.text.corpus import DataConfig
 from mini.training import runs
 from mini.training.checkpoints import read_result
 from mini.training.devices import World
@@ -25,9 +22,8 @@ from mini.training.start import Settings, check_length, open_run, other_optimize
 
 # Training after compression: with this share of the run's own learning rates, which fall to zero (docs/log.md).
 HEAL_LR = 0.3
-HEAL = dict(
-    steps=0, epochs=0.0, schedule="linear", warmup=0.05, min_lr=0.0, eval_every=0, sample_every=0, checkpoint_every=250,
-)  # fmt: skip
+HEAL = dict(steps=0, epochs=0.0, schedule="linear", warmup=0.05, min_lr=0.0, eval_every=0, sample_every=0,
+            checkpoint_every=250)  # fmt: skip
 SHOWN = ("val_loss", "val_bpb", "mlm_accuracy", "nsp_accuracy", "accuracy", "exact_match", "f1")  # of the run before
 CALIBRATION_BATCH = 32
 
@@ -46,8 +42,7 @@ def read_compression(
 ) -> tuple[Settings, object]:
     """Reads `RUN --out RUN2 ...`: the settings of a training, and the recipe, which RunConfig's field `name` records.
 
-    Data, task and optimizer are those of the run, learning rates times lr_share, unless `training` or flags say
-    otherwise.
+    Data, task and optimizer are the run's, learning rates times lr_share, unless `training` or flags say otherwise.
     """
     description += "\n\nRUN --help shows the values of that run, which are the defaults of training."
     source = argv[0] if argv and not argv[0].startswith("-") else None  # None: --help, or a RUN that is missing
@@ -56,7 +51,7 @@ def read_compression(
     pretrains = not source or settings.task.pretrains
     if not pretrains and settings.task_options is not None:  # of pretraining, --nsp is settled by the heads
         parts.append(settings.task_options)
-    defaults = {f: v for part in parts for f, v in dataclasses.asdict(part).items()}
+    defaults = {f: v for part in parts for f, v in asdict(part).items()}
     defaults |= {f: lr_share * defaults[f] for f in ("lr", "embed_lr", "head_lr")} | training
     defaults |= other_optimizer(argv, defaults, pretrains, lr_share)
     defaults = {f: v for f, v in defaults.items() if f not in field_names(recipe)}
@@ -78,7 +73,7 @@ def read_compression(
     check_length(settings)
     if "schedule" in field_names(recipe):  # then the flag of this name is the recipe's
         settings.optim.schedule = HEAL["schedule"]
-    settings.compression = {name: dataclasses.asdict(chosen)}
+    settings.compression = {name: asdict(chosen)}
     return settings, chosen
 
 
@@ -94,15 +89,12 @@ def calibration(task: Task, n: int) -> Examples:
     return Examples(task, batches)
 
 
-def run_compressed(
-    s: Settings, model: Model, task: Task, tokenizer: Tokenizer, world: World, methods: Sequence = (),
-    best_from: int = 0,
-) -> None:  # fmt: skip
+def run_compressed(s: Settings, model: Model, task: Task, world: World, methods: Sequence = ()) -> None:
     """Trains what compress.py has made of a run, and says how good that run was."""
     known = {} if runs.is_published(s.job.init) else read_result(Path(s.job.init)) or {}
     before = {name: value for name, value in known.items() if name in SHOWN}
     world.say(f"Before, {s.job.init}: {describe(before)}" if before else f"From {s.job.init}")
     s.model = model.config
     torch.manual_seed(s.train.seed)
-    train_run(s, model, task, tokenizer, world, methods=methods, best_from=best_from)
+    train_run(s, model, task, world, methods=methods)
     world.leave()

@@ -11,11 +11,11 @@ import torch
 
 from mini.compression import distill, rewrite
 from mini.compression.distill import DistillConfig
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.model.transformer import Model
 from mini.storage import digest_tensors, sha256, weights
 from mini.tasks.base import Task
-from mini.text.prepare import DataConfig
+from mini.text.corpus import DataConfig
 from mini.text.tokenizer import load_tokenizer
 from mini.training import checkpoints, runs
 from mini.training.devices import World, pick_dtype
@@ -69,14 +69,14 @@ def teach(s: Settings, options: DistillConfig, world: World, examined: bool = Fa
         options = dataclasses.replace(options, start="random")
     torch.manual_seed(s.train.seed)
     student = going_on(s, options.init) if options.init else distill.make_student(teacher, options)
-    task, tokenizer = open_own_task(s, world)
+    task = open_own_task(s, world)
     lesson = distill.Distillation(task, student, teacher.to(world.device), options)
     if not examined:
         examine(s, task, world)
     world.say(about(lesson, student, options))
     s = dataclasses.replace(s, source=student, model=student.config, quant=None)
     torch.manual_seed(s.train.seed)
-    train_run(s, student, task, tokenizer, world, objective=lesson)
+    train_run(s, student, task, world, objective=lesson)
 
 
 def about(lesson: distill.Distillation, student: Model, options: DistillConfig) -> str:
@@ -161,8 +161,7 @@ def tinybert(s: Settings, options: DistillConfig, world: World) -> None:
                     f"{step.job.out} holds another run: give --overwrite true, or another --out (there, "
                     f"--init {out}-general goes on from the first step, if the student is the same)"
                 )
-    task, _ = open_own_task(s, world)
-    examine(layers, task, world)
+    examine(layers, open_own_task(s, world), world)
 
     if not options.init:
         world.say(f"\nTinyBERT, step 1 of 4: general distillation, {general.job.out}")

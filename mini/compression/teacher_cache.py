@@ -1,8 +1,8 @@
 """A teacher's answers, kept in files: who tries out many students asks the teacher once.
 
-A batch's answers are found by a checksum of what the batch holds. So whatever changes the batches, another seed or
-batch size, masks or augmentation that are drawn anew, only misses the cache, and never gets what belongs to another.
-Of each answer the k likeliest classes and their log-probabilities at the temperature are kept; the others count as one.
+A batch's answers are found by a checksum of what it holds. So whatever changes the batches, another seed or masks that
+are drawn anew, only misses the cache, and never gets what belongs to another. Of each answer the k likeliest classes
+and their log-probabilities at the temperature are kept; the others count as one.
 """
 
 from collections.abc import Callable

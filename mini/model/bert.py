@@ -8,17 +8,7 @@ from torch import Tensor, nn
 
 from mini.model.config import ModelConfig
 from mini.model.published import bert_config, bert_tensors, with_heads
-from mini.model.transformer import (
-    Linear,
-    Model,
-    at_positions,
-    initialise,
-    linear_flops,
-    make_activation,
-    make_norm,
-    real_tokens,
-    vocabulary_logits,
-)
+from mini.model.transformer import Linear, Model, at_positions, linear_flops, make_activation, make_norm, real_tokens
 from mini.storage import load_weights
 
 NEVER = -1e9  # a score so low that its probability is zero, and still no infinity
@@ -27,8 +17,7 @@ NEVER = -1e9  # a score so low that its probability is zero, and still no infini
 class Bert(Model):
     """Bidirectional encoder (Devlin et al. 2019); the config says which of the heads it has.
 
-    Pretraining needs mlm and, with pairs, nsp; fine-tuning n_classes or spans. nsp and classes look at the pooled
-    first token.
+    Pretraining needs mlm and, with pairs, nsp; fine-tuning n_classes or spans. nsp and classes see the pooled token.
     """
 
     kind = "bert"
@@ -43,7 +32,7 @@ class Bert(Model):
         self.nsp = nn.Linear(C, 2) if config.nsp else None
         self.classifier = nn.Linear(C, config.n_classes) if config.n_classes else None
         self.spans = nn.Linear(C, 2) if config.spans else None
-        initialise(self, torch.initial_seed())
+        self.initialise()
 
     def freeze_unused(self) -> None:
         if self.pooler is not None and self.classifier is None and self.nsp is None:
@@ -85,7 +74,6 @@ class Bert(Model):
         mlm, nsp = self.predict(tokens, lengths, inputs["positions"], segments)
         return {"mlm": mlm} if nsp is None else {"mlm": mlm, "nsp": nsp}
 
-    # ------------------------------------------------------------ pretraining
     def predict(self, tokens: Tensor, lengths: Tensor, positions: Tensor, segments: Tensor | None = None):
         """Logits (B, M, V) of the tokens at positions (B, M), and of the next sentence (B, 2): follows, is random.
 
@@ -94,9 +82,8 @@ class Bert(Model):
         hidden = self.encode(tokens, lengths, segments)  # (B, T, C)
         masked = at_positions(hidden, positions)  # (B, M, C)
         pooled = self.pool(hidden, real_tokens(tokens, lengths)) if self.nsp is not None else None
-        return self.mlm(masked), self.nsp(pooled) if self.nsp is not None else None
+        return self.vocabulary(self.mlm(masked)), self.nsp(pooled) if self.nsp is not None else None
 
-    # ------------------------------------------------------------ fine-tuning
     def classify(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None) -> Tensor:
         """tokens (B, T) padded at the right to lengths (B,) -> class logits (B, n_classes)."""
         pooled = self.pool(self.encode(tokens, lengths, segments), real_tokens(tokens, lengths))
@@ -106,7 +93,6 @@ class Bert(Model):
         """Logits (B, 2, T) of an answer's first token, and of its last."""
         return self.spans(self.encode(tokens, lengths, segments)).transpose(1, 2)  # (B, 2, T)
 
-    # ------------------------------------------------------------ size
     def flops(self, length: int, predicted: float = 1.0) -> float:
         heads = [head for head in (self.pooler, self.nsp, self.classifier, self.spans) if head is not None]
         total = self.stack.flops(length) + sum(map(linear_flops, heads)) / length  # but for spans, one token in all
@@ -116,7 +102,6 @@ class Bert(Model):
         decoder = set(self.mlm.decoder.parameters()) if self.mlm is not None else set()
         return super().vocabulary_weights() | decoder
 
-    # ------------------------------------------------------------ published weights
     @classmethod
     def from_published(cls, folder: str | Path) -> "Bert":
         """A BERT, in eval mode, from a folder with config.json and its weights, with the heads that are there.
@@ -144,7 +129,6 @@ class MLMHead(nn.Module):
 
     def __init__(self, config: ModelConfig, tokens: nn.Parameter):
         super().__init__()
-        self.config = config
         self.dense = Linear(config.d_model, config.d_model, bias=config.bias)
         self.activation = make_activation(config)
         self.norm = make_norm(config)
@@ -154,6 +138,6 @@ class MLMHead(nn.Module):
             self.decoder.weight = tokens
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V)"""
+        """(..., C) -> (..., rows of the embedding)"""
         hidden = self.activation(self.dense(hidden)).to(self.norm.weight.dtype)  # where autocast has made it bfloat16
-        return vocabulary_logits(self.decoder(self.norm(hidden)), self.config)
+        return self.decoder(self.norm(hidden))

@@ -7,19 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.model.config import ModelConfig
 from mini.model.published import gpt2_config, gpt2_tensors
-from mini.model.transformer import (
-    KVCache,
-    Linear,
-    Model,
-    at_positions,
-    initialise,
-    linear_flops,
-    real_tokens,
-    vocabulary_logits,
-)
+from mini.model.transformer import KVCache, Linear, Model, at_positions, linear_flops, real_tokens
 from mini.storage import load_weights
 
 
@@ -34,10 +25,8 @@ class GPT(Model):
         self.head = Linear(config.d_model, config.n_rows, bias=False, std=0.0 if config.zero_init else 0.02)
         if config.tied:
             self.head.weight = self.stack.tokens.weight
-        self.classifier = None
-        if config.n_classes:
-            self.classifier = nn.Linear(config.d_model, config.n_classes)
-        initialise(self, torch.initial_seed())
+        self.classifier = nn.Linear(config.d_model, config.n_classes) if config.n_classes else None
+        self.initialise()
 
     def freeze_unused(self) -> None:
         if self.classifier is not None and not self.config.tied:
@@ -49,7 +38,7 @@ class GPT(Model):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., V)"""
-        return vocabulary_logits(self.head(hidden), self.config)
+        return self.vocabulary(self.head(hidden))
 
     def classify(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None) -> Tensor:
         """tokens (B, T) padded at the right to lengths (B,) -> class logits (B, n_classes).
@@ -72,17 +61,8 @@ class GPT(Model):
         hidden = at_positions(hidden, inputs["positions"]) if "positions" in inputs else hidden
         return {"lm": self.logits(hidden)}
 
-    # ------------------------------------------------------------ generation
-    def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        use_cache: bool = True,
-        **options,
-    ) -> Tensor:
+    def generate(self, tokens: Tensor, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int | None = None,
+                 top_p: float | None = None, use_cache: bool = True, **options) -> Tensor:  # fmt: skip
         """(B, T) int64 -> (B, T + n) with up to max_new_tokens new ones; see stream() for the options.
 
         With lengths, row b is its prompt of lengths[b] tokens, then its new ones, then filling.
@@ -98,20 +78,10 @@ class GPT(Model):
         return out[:, : T + n]
 
     @torch.inference_mode()
-    def stream(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int = 64,
-        *,
-        lengths: Tensor | None = None,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop: Sequence[int] = (),
-        use_cache: bool = True,
-        generator: torch.Generator | None = None,
-        compile: bool = False,
-    ) -> Iterator[Tensor]:
+    def stream(self, tokens: Tensor, max_new_tokens: int = 64, *, lengths: Tensor | None = None,
+               temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, stop: Sequence[int] = (),
+               use_cache: bool = True, generator: torch.Generator | None = None,
+               compile: bool = False) -> Iterator[Tensor]:  # fmt: skip
         """Yields the next token of every row, (B,), until max_new_tokens or until all rows have stopped.
 
         Greedy and for one length of prompt, what it computes is
@@ -182,14 +152,12 @@ class GPT(Model):
         hidden = self.stack(text.gather(1, places))  # (B, width, C)
         return self.logits(hidden[torch.arange(len(text), device=text.device), ends - starts - 1])
 
-    # ------------------------------------------------------------ size
     def flops(self, length: int, predicted: float = 1.0) -> float:
         return self.stack.flops(length) + predicted * linear_flops(self.head)
 
     def vocabulary_weights(self) -> set[nn.Parameter]:
         return super().vocabulary_weights() | {self.head.weight}
 
-    # ------------------------------------------------------------ published weights
     @classmethod
     def from_published(cls, folder: str | Path) -> "GPT":
         """A GPT-2, in eval mode, from a folder with config.json and its weights, in GPT-2's names.

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from mini.model.transformer import Embedding, Linear
 
-# For torch.compile: an activation is needed twice, for its largest value and to be divided by it. Without this, CPU
-# code computes GELU both times.
+# For torch.compile: a layer's input is needed twice, for its scale and to be scaled; GELU is to be computed once.
 INDUCTOR = {"realize_opcount_threshold": 8}
 RANGE = ".input.range"  # of a static layer, behind its name in files
 
@@ -30,8 +29,7 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor | float = 0.0, low: int = -1
     """round(x / scale + zero), within low..127, as floats.
 
     The gradient passes straight through the rounding, but is zero for values that are cut off: there a small change of
-    x changes nothing (Bengio et al. 2013; Krishnamoorthi 2018, eq. 9). The largest value itself, x / scale = 127 but
-    for the last bit, is not.
+    x changes nothing (Bengio et al. 2013; Krishnamoorthi 2018, eq. 9), but not for the largest value, 127 ± a last bit.
     """
     y = x / scale + zero
     if not torch.is_grad_enabled():

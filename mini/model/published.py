@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mini.errors import UserError
-from mini.flags import from_dict
+from mini.flags import UserError, from_dict
 from mini.model.config import ModelConfig
 from mini.storage import load_tensors, read_json
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.model.transformer import Embedding, Linear
 from mini.storage import weights
 
@@ -68,6 +68,10 @@ class HoldMasks:
         """Masked weights are zero again: an optimizer's momentum and Muon's mixing revive them."""
         hold(self.model)
 
+    def settled(self, done: int, steps: int) -> bool:
+        """Whether nothing more will be masked: before that, no weights are the best."""
+        return True
+
     def figures(self) -> dict:
         return {"sparsity": sparsity(self.model)}
 
@@ -92,7 +96,6 @@ def sparsity(model: nn.Module) -> float:
     return sum(int((~mask).sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks))
 
 
-# ---------------------------------------------------------------- files
 def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Each masked weight as NAME.bits, one bit for each weight, and NAME.kept, those that stay, row by row."""
     packed = {name: tensor for name, tensor in tensors.items() if not name.startswith("masks.")}

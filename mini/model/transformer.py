@@ -1,7 +1,6 @@
 """The heart: attention, MLP, norms, positions, Block, and the stack of them that GPT and BERT share.
 
-Letters of the shapes: B batch, T time (queries), S time (keys), C channels = d_model, H heads, K key/value
-heads, D head size, V vocabulary.
+Shapes: B batch, T time (queries), S time (keys), C channels, H heads, K key/value heads, D head size, V vocabulary.
 """
 
 import hashlib
@@ -41,8 +40,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 def drop(x: Tensor, p: float) -> Tensor:
     """Dropout (Srivastava et al. 2014): each value is zero with probability p, else times 1 / (1 - p).
 
-    That factor is rounded to x's dtype, as in F.dropout. On a CPU, F.dropout takes most of its time for random numbers,
-    one for each value. Here four values share one number of 64 bits: a quarter of the time (docs/log.md).
+    F.dropout takes most of its time on a CPU for random numbers; here four values share one of 64 bits (docs/log.md).
     """
     if p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p) if p else x
@@ -59,9 +57,9 @@ class Dropout(nn.Dropout):
 class Linear(nn.Linear):
     """y = xWᵀ + b, for all matrices that compression and Muon treat. (A head with a few outputs is an nn.Linear.)
 
-    parts: the rows of each of several matrices that are stored as one. std: of the first values (see initialise).
-    In a compiled CPU step of a single token the product is written as a sum that is fused with its surroundings: the
-    library is slow at one bfloat16 row, and a 14 M model's step takes 1.1 ms instead of 1.8 (docs/log.md).
+    parts: the rows of each of several matrices that are stored as one. std: of the first values.
+    In a compiled CPU step of a single token the product is written as a sum that is fused with its surroundings, as
+    the library is slow at one bfloat16 row (docs/log.md).
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = True, parts: list[int] | None = None,
@@ -95,23 +93,6 @@ def residual_std(config: ModelConfig) -> float:
     if config.zero_init:
         return 0.0
     return 0.02 * (2 * config.n_layers) ** -0.5 if config.norm_place == "pre" else 0.02
-
-
-def initialise(model: nn.Module, seed: int) -> None:
-    """Matrices N(0, 0.02) unless they say otherwise, biases zero (Radford et al. 2018; Devlin et al. 2019).
-
-    A weight's values are drawn from (seed, its name) alone: one layer or head more leaves all others as they were, so
-    that two arms of an ablation differ in nothing else.
-    """
-    done = set()  # a tied matrix has the name, and the values, of its first place
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
-            continue
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-        if module.weight not in done:
-            done.add(module.weight)
-            draw(module.weight, f"{name}.weight", seed, getattr(module, "std", 0.02))
 
 
 def draw(weight: nn.Parameter, name: str, seed: int, std: float) -> None:
@@ -195,9 +176,7 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) ->
 def attend_fastest(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
     """Whichever of the two is faster here.
 
-    The fused call's CPU kernel gains nothing from bfloat16 units: forward and backward of (8, 6, 256, 64) take
-    17 ms fused and 7 ms written out on two AVX512-BF16 cores (docs/log.md). Long texts would need to store too
-    many scores.
+    The fused call's CPU kernel gains nothing from bfloat16 units (docs/log.md), but stores no scores of long texts.
     """
     bf16 = q.dtype == torch.bfloat16 or torch.is_autocast_enabled(q.device.type)
     small_on_cpu = q.device.type == "cpu" and bf16 and q.size(-2) * k.size(-2) <= 512 * 512
@@ -248,9 +227,7 @@ class Attention(nn.Module):
         self.out = Linear(self.n_heads * self.head_size, config.d_model, bias=config.bias, std=residual_std(config))
         self.values = Embedding(config.n_rows, rows[2]) if config.value_embeddings else None
 
-    def forward(
-        self, x: Tensor, tokens: Tensor, view: View, rope: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor, view: View, rope: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, C), the states of tokens (B, T) -> (B, T, C). With a cache, they are those at view.positions."""
         B, T, _ = x.shape
         H, K, D = self.n_heads, self.n_kv_heads, self.head_size
@@ -328,9 +305,7 @@ class Block(nn.Module):
         self.norm2 = make_norm(config)
         self.dropout = Dropout(config.dropout)
 
-    def forward(
-        self, x: Tensor, tokens: Tensor, view: View, rope: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor, view: View, rope: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, C) -> (B, T, C); the rest as Attention takes it."""
         if self.pre_norm:  # GPT-2: a clean residual path from embedding to head
             x = x + self.dropout(self.attention(self.norm1(x), tokens, view, rope, cache))
@@ -427,6 +402,22 @@ class Model(nn.Module):
         self.stack = Transformer(config)
         self.learning = nn.ModuleDict()  # what exists only while it learns: in checkpoints, but never served
 
+    def initialise(self) -> None:
+        """Matrices N(0, 0.02) unless they say otherwise, biases zero (Radford et al. 2018; Devlin et al. 2019).
+
+        A weight's values are drawn from (seed, its name) alone: one layer or head more leaves all others as they were,
+        so that two arms of an ablation differ in nothing else.
+        """
+        done = set()  # a tied matrix has the name, and the values, of its first place
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear | nn.Embedding) or module.weight.is_meta:
+                continue
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+            if module.weight not in done:
+                done.add(module.weight)
+                draw(module.weight, f"{name}.weight", torch.initial_seed(), getattr(module, "std", 0.02))
+
     def freeze_unused(self) -> None:
         """Parameters on which no answer depends do not learn: ranks would wait for their gradients."""
 
@@ -437,6 +428,11 @@ class Model(nn.Module):
     def answer(self, inputs: dict[str, Tensor]) -> Tensor:
         """The logits that its task is judged by."""
         return next(iter(self.answers(inputs).values()))
+
+    def vocabulary(self, scores: Tensor) -> Tensor:
+        """(..., rows of the embedding) -> logits (..., V): without the rows of vocab_multiple; capped if configured."""
+        scores, cap = scores[..., : self.config.vocab_size], self.config.logit_softcap
+        return cap * torch.tanh(scores / cap) if cap else scores
 
     def store(self, dtype: torch.dtype) -> Self:
         """Matrices and tables in dtype, while all else, and all arithmetic, stays as it is.
@@ -466,9 +462,3 @@ def real_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:
 def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     """(B, T, C) and positions (B, M) -> (B, M, C)."""
     return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.size(-1)))
-
-
-def vocabulary_logits(scores: Tensor, config: ModelConfig) -> Tensor:
-    """(..., rows of the embedding) -> (..., V): without the rows of vocab_multiple; capped if so configured."""
-    scores = scores[..., : config.vocab_size]
-    return config.logit_softcap * torch.tanh(scores / config.logit_softcap) if config.logit_softcap else scores

@@ -3,14 +3,17 @@
 A task is one file of this folder and one line of TASKS in __init__.py; nothing else lists tasks.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
+from mini.tasks.order import Grouped
 
 IGNORE = -100  # a target that is not predicted
 
@@ -92,3 +95,24 @@ class Task:
     def sample(self, model: Model) -> str | None:
         """A text that shows a person what the model can do."""
         return None
+
+
+class FileTask(Task):
+    """A task whose examples are those of two files: lists train and valid, of which collate(examples) makes a Batch."""
+
+    def group(self, seed: int, batch_size: int) -> None:
+        """To be called when the examples are there: those of a batch will have similar lengths, so little padding."""
+        self.n, self.order = len(self.train), Grouped(np.array([*map(self.length, self.train)]), seed, batch_size)
+
+    @staticmethod
+    def length(example: tuple) -> int:
+        """In tokens."""
+        return len(example[0])
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        return self.collate([self.train[i] for i in self.order(indices)])
+
+    def validation(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
+        ordered = sorted(self.valid, key=self.length)
+        for first in range(0, len(ordered), batch_size):
+            yield self.collate(ordered[first : first + batch_size])

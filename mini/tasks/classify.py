@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mini.errors import UserError, nearest
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, nearest, option
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
-from mini.tasks.base import Batch, Task
+from mini.tasks.base import Batch, FileTask
 from mini.tasks.inputs import cut_note, masked_ids, pad_texts, text_ids
 from mini.tasks.metrics import classification_report, confusion_matrix
-from mini.tasks.order import Grouped, mix, uniform
+from mini.tasks.order import mix, uniform
 from mini.text.rows import column_texts, read_rows, rows_checksum, text_columns
 from mini.text.tokenizer import Tokenizer
 from mini.text.words import AUGMENTATIONS, NORMALIZATIONS, augment, normalize, parse_steps
@@ -34,7 +33,7 @@ class ClassifyConfig(Checked):
     augment_rate: float = option(0.1, "share of the words of such a text that change", low=0, high=1)
 
 
-class Classification(Task):
+class Classification(FileTask):
     """Texts, or pairs of texts, with one label each; labels are words, numbered in sorted order."""
 
     Config, kinds, command, judged = ClassifyConfig, ("gpt", "bert"), "classify", "classify"
@@ -54,14 +53,10 @@ class Classification(Task):
             raise UserError("--augment mask: the tokenizer has no [MASK]; name the other operations")
         self.options, self.notes = options, []
 
-        rows, valid_rows = (
-            [
-                (place, row | {"label": row["label"].strip()})
-                for place, row in read_rows(path, ["text", "label"], ("text_b",))
-            ]
-            for path in (train, valid)
-        )
+        rows, valid_rows = (read_rows(path, ["text", "label"], ("text_b",)) for path in (train, valid))
         text_columns([*rows, *valid_rows])
+        for _, row in [*rows, *valid_rows]:
+            row["label"] = row["label"].strip()
         found = Counter(row["label"] for _, row in rows)
         self.labels = sorted(found)
         if len(self.labels) < 2:
@@ -69,8 +64,7 @@ class Classification(Task):
         if once := [label for label in self.labels if found[label] == 1]:
             self.notes.append(f"{train}: {len(once)} of {len(found)} labels occur only once (such as {once[0]!r})")
         self.train, self.valid = self.encode(rows, train), self.encode(valid_rows, valid)
-        self.n = len(self.train)
-        self.order = Grouped(np.array([len(ids) for ids, _, _ in self.train]), seed, batch_size)
+        self.group(seed, batch_size)
         self.augmentable = [self.read_texts(row) for _, row in rows] if self.operations else []
         self.words = [word for texts in self.augmentable for text in texts for word in text.split()]
         counts = np.array([found[label] for label in self.labels])
@@ -90,7 +84,6 @@ class Classification(Task):
     def heads(self) -> dict[str, object]:
         return dict(n_classes=len(self.labels))
 
-    # ------------------------------------------------------------ losses and figures
     def losses(self, answers: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         logits, weights = answers["classify"].float(), self.class_weights  # (B, n_classes)
         weights = None if weights is None else weights.to(logits.device)
@@ -126,7 +119,6 @@ class Classification(Task):
     def example(self) -> list[str]:
         return ["some text"]
 
-    # ------------------------------------------------------------ examples
     def read_texts(self, row: dict) -> list[str]:
         return [normalize(row[name], self.steps) for name in ("text", "text_b") if name in row]
 
@@ -153,14 +145,15 @@ class Classification(Task):
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Texts of similar lengths; of augmented ones, what is done to them depends on (seed, index)."""
-        examples = self.order(indices)
-        rows = [self.train[i] for i in examples]
-        if self.operations:
-            draws = uniform(mix(self.seed, 4), np.asarray(indices), 2)
-            for b, (draw, which) in enumerate(draws):
-                if draw < self.options.augment_share:
-                    operation = self.operations[int(which * len(self.operations))]
-                    rows[b] = self.augmented(examples[b], operation, mix(self.seed, 5, int(indices[b])))
+        if not self.operations:
+            return super().batch(indices)
+        rows = []
+        draws = uniform(mix(self.seed, 4), np.asarray(indices), 2)
+        for i, example, (draw, which) in zip(indices, self.order(indices), draws, strict=True):
+            rows.append(self.train[example])
+            if draw < self.options.augment_share:
+                operation = self.operations[int(which * len(self.operations))]
+                rows[-1] = self.augmented(example, operation, mix(self.seed, 5, int(i)))
         return self.collate(rows)
 
     def augmented(self, example: int, operation: str, key: int) -> tuple[list[int], list[int], int]:
@@ -168,11 +161,6 @@ class Classification(Task):
         texts = [augment(t, operation, rate, self.words, mix(key, n)) for n, t in enumerate(self.augmentable[example])]
         ids = [masked_ids(self.tokenizer, t) if operation == "mask" else self.tokenizer.encode(t) for t in texts]
         return (*text_ids(self.tokenizer, self.max_len, *ids), self.train[example][2])
-
-    def validation(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
-        order = sorted(range(len(self.valid)), key=lambda i: len(self.valid[i][0]))  # alike lengths: less padding
-        for start in range(0, len(order), batch_size):
-            yield self.collate([self.valid[i] for i in order[start : start + batch_size]])
 
     def collate(self, examples: list[tuple[list[int], list[int], int]]) -> Batch:
         """What pad_texts gives, and labels (B,)."""

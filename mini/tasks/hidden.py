@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini.errors import UserError
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, option
 from mini.model.bert import Bert
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
@@ -75,13 +74,10 @@ class HiddenStates(Task):
         return Batch(inputs, {"hidden": tokens.size}, tokens.size)
 
     def losses(self, answers: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        hidden, theirs = answers["hidden"].float(), self.theirs(inputs)  # (B, T, C)
+        hidden = answers["hidden"].float()  # (B, T, C)
+        with torch.no_grad():
+            theirs = self.original.to(hidden.device).answer(inputs).float()
         return {"hidden": ((hidden - theirs).square().sum(-1) / theirs.square().sum(-1)).sum()}
-
-    @torch.no_grad()
-    def theirs(self, inputs: dict[str, Tensor]) -> Tensor:
-        self.original.to(inputs["tokens"].device)
-        return self.original.answer(inputs).float()
 
     def metrics(self, sums: dict[str, Tensor]) -> dict:
         return {"val_loss": float(sums["hidden"] / sums["count/hidden"])}

@@ -4,15 +4,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.text.tokenizer import Tokenizer
 
 
 def text_ids(tokenizer: Tokenizer, max_len: int, *texts: list[int]) -> tuple[list[int], list[int]]:
     """[CLS] text [SEP], or [CLS] text [SEP] text_b [SEP], and the segment of each: 0, or 1 from text_b on.
 
-    They are cut to max_len from the end of the longer text. A tokenizer without [CLS] and [SEP] has <|endoftext|>
-    in their places.
+    They are cut to max_len from the end of the longer text. Without [CLS] and [SEP], <|endoftext|> is in their places.
     """
     first, last = (tokenizer.eot, tokenizer.eot) if tokenizer.cls is None else (tokenizer.cls, tokenizer.sep)
     parts = [text[:max_len] for text in texts]
@@ -45,14 +44,11 @@ def pad(rows: list[list[int]], filling: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-def filling(tokenizer: Tokenizer) -> int:
-    return next(i for i in (tokenizer.pad, tokenizer.eot, 0) if i is not None)
-
-
 def pad_texts(rows: list[tuple[list[int], list[int]]], tokenizer: Tokenizer) -> dict[str, Tensor]:
     """What text_ids gives, as tokens and segments (B, T), padded at the right, and lengths (B,)."""
+    filling = next(i for i in (tokenizer.pad, tokenizer.eot, 0) if i is not None)
     return {
-        "tokens": pad([ids for ids, _ in rows], filling(tokenizer)),
+        "tokens": pad([ids for ids, _ in rows], filling),
         "segments": pad([segments for _, segments in rows], 0),
         "lengths": torch.tensor([len(ids) for ids, _ in rows]),
     }
@@ -65,10 +61,8 @@ def text_room(max_len: int, n_texts: int) -> int:
 
 def cut_note(where: str, lengths: list[int], n_texts: int, max_len: int) -> list[str]:
     """A line about texts (or pairs) of these lengths in tokens that max_len cuts; none if it cuts none."""
-    cut = [length for length in lengths if length > text_room(max_len, n_texts)]
-    if not cut:
+    room = text_room(max_len, n_texts)
+    if not (cut := [length for length in lengths if length > room]):
         return []
     longest = f"the longest has {max(cut):,} tokens"
-    return [
-        f"{where}: {len(cut):,} of {len(lengths):,} texts are cut to {text_room(max_len, n_texts)} tokens ({longest})"
-    ]
+    return [f"{where}: {len(cut):,} of {len(lengths):,} texts are cut to {room} tokens ({longest})"]

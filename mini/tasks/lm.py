@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, Task
@@ -55,10 +55,8 @@ class LanguageModelling(NextToken):
         self.tokenizer, self.notes = tokenizer, []
         self.n = (len(self.train) - 1) // max_len
         if self.n < 1:
-            raise UserError(
-                f"the training text has {len(self.train):,} tokens, but a window takes {max_len + 1}: "
-                f"give more text or a smaller --max_len"
-            )
+            few = f"the training text has {len(self.train):,} tokens, but a window takes {max_len + 1}"
+            raise UserError(f"{few}: give more text or a smaller --max_len")
         if len(self.valid) < 2:
             raise UserError("the validation text has fewer than 2 tokens: give more text or a larger --valid_fraction")
 

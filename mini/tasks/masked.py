@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mini.errors import UserError
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, Task
@@ -26,9 +25,7 @@ class MLMConfig(Checked):
     """BERT's pretraining: masked tokens and the next sentence."""
 
     nsp: bool = option(True, "pairs of segments, and whether the second follows; false: one segment (RoBERTa)")
-    mask_rate: float = option(
-        0.15, "share of the tokens to predict in training (validation: 0.15)", low=0.001, high=0.9
-    )
+    mask_rate: float = option(0.15, "share of tokens to predict in training (validation: 0.15)", low=0.001, high=0.9)
     whole_word: bool = option(False, "mask words as a whole; one that would exceed mask_rate is left out")
     short_rate: float = option(0.1, "share of the examples that are cut to a random shorter length", low=0, high=1)
 
@@ -39,9 +36,7 @@ class MaskedLanguageModelling(Task):
     A and B are whole sentences, as many as fill max_len; then the longer one is cut. In half of the examples B follows
     A, else it comes from another document. Without nsp there is only A, as long as fits (Liu et al. 2019, "RoBERTa",
     §4.2). The text's windows of max_len tokens tell where examples begin; every epoch moves them and masks anew.
-
-    The figures stand beside those of guessing by frequency alone, without a look at the text: a loss that has not
-    left this "unigram plateau" has learnt nothing from context.
+    A loss that has not left the "unigram plateau", that of guessing by frequency, has learnt nothing from context.
     """
 
     Config, kinds, command, judged = MLMConfig, ("bert",), "fill", "mlm"
@@ -62,8 +57,7 @@ class MaskedLanguageModelling(Task):
             if options.nsp and text.n_documents < 2:
                 raise UserError(
                     f"the {name} text is one document, so there is no other to draw a wrong next sentence from: give "
-                    f"several files, say what ends a document with --separator (an empty line: '\\n\\n'), or use "
-                    f"--nsp false"
+                    "more files, say what ends a document with --separator (an empty line: '\\n\\n'), or --nsp false"
                 )
         self.n = max(1, len(self.train.tokens) // self.room)
         self.predicted = self.most(options.mask_rate) / max_len
@@ -81,7 +75,6 @@ class MaskedLanguageModelling(Task):
     def heads(self) -> dict[str, object]:
         return dict(mlm=True, nsp=self.options.nsp)
 
-    # ------------------------------------------------------------ losses and figures
     def losses(self, answers: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropies in nats; targets (B, M), IGNORE where a row has fewer; unrelated (B,): 1 if B is random."""
         mlm = answers["mlm"].float().flatten(0, 1)  # (B M, V)
@@ -106,16 +99,12 @@ class MaskedLanguageModelling(Task):
 
     def metrics(self, sums: dict) -> dict:
         n = float(sums["count/mlm"])
-        mlm, hits, unigram, frequent = (
-            float(sums[name]) / n for name in ("mlm", "mlm_hits", "unigram", "frequent_hits")
-        )
-        figures = {"val_loss": mlm, "mlm_loss": mlm, "unigram_loss": unigram, "mlm_accuracy": hits}
-        figures["unigram_accuracy"] = frequent
+        mlm, hits, unigram, frequent = (float(sums[k]) / n for k in ("mlm", "mlm_hits", "unigram", "frequent_hits"))
+        figures = dict(val_loss=mlm, mlm_loss=mlm, unigram_loss=unigram, mlm_accuracy=hits, unigram_accuracy=frequent)
         if "nsp" in sums:
             n = float(sums["count/nsp"])
-            nsp, hits, unrelated = (float(sums[name]) / n for name in ("nsp", "nsp_hits", "unrelated"))
-            figures |= {"nsp_loss": nsp, "nsp_accuracy": hits, "nsp_chance": max(unrelated, 1 - unrelated)}
-            figures["val_loss"] += nsp
+            nsp, hits, share = (float(sums[k]) / n for k in ("nsp", "nsp_hits", "unrelated"))
+            figures |= dict(val_loss=mlm + nsp, nsp_loss=nsp, nsp_accuracy=hits, nsp_chance=max(share, 1 - share))
         return figures
 
     def beats_chance(self, figures: dict) -> bool:
@@ -134,7 +123,6 @@ class MaskedLanguageModelling(Task):
             )
         return lines
 
-    # ------------------------------------------------------------ examples
     def most(self, rate: float) -> int:
         """The masked tokens of an example that is full (M)."""
         return max(1, round(rate * self.room))
@@ -184,13 +172,7 @@ class MaskedLanguageModelling(Task):
         segments = ((column >= b_start) & (column < lengths[:, None])).astype(np.int64)
 
         positions, targets = self.mask(tokens, in_a | in_b, indices, seed, rate)
-        inputs = {
-            "tokens": tokens,
-            "segments": segments,
-            "lengths": lengths,
-            "positions": positions,
-            "targets": targets,
-        }
+        inputs = dict(tokens=tokens, segments=segments, lengths=lengths, positions=positions, targets=targets)
         counts = {"mlm": int((targets != IGNORE).sum())}
         if options.nsp:
             inputs["unrelated"] = unrelated.astype(np.int64)
@@ -226,25 +208,22 @@ class MaskedLanguageModelling(Task):
         np.put_along_axis(tokens, order, np.where(chosen, shown, there), axis=1)
         return np.where(chosen, order, order[:, :1]), targets  # filled up with the first place, without a target
 
-    # ------------------------------------------------------------ for people
     @torch.no_grad()
     def sample(self, model: Model, n: int = 4) -> str:
         """Of the first validation texts, one masked place each: what stood there, and the three likeliest tokens."""
-        inputs = next(self.validation(n)).to(next(model.parameters()).device).inputs
-        targets = inputs["targets"]
-        values, guesses = model.answer(inputs).float().softmax(-1).topk(3)  # (B, M, 3)
-        lines = []
-        for row in range(len(targets)):
-            shown = inputs["tokens"].gather(1, inputs["positions"])[row] == self.tokenizer.mask  # (M,)
-            at = int((shown & (targets[row] >= 0)).int().argmax())
-            place, ids, chosen = int(inputs["positions"][row, at]), inputs["tokens"][row].clone(), targets[row] >= 0
-            ids[inputs["positions"][row, chosen]] = targets[row, chosen]
+        inputs, lines = next(self.validation(n)).to(next(model.parameters()).device).inputs, []
+        probabilities, guesses = model.answer(inputs).float().softmax(-1).topk(3)  # (B, M, 3)
+        for row in range(len(guesses)):
+            ids, positions, targets = (inputs[name][row] for name in ("tokens", "positions", "targets"))
+            chosen = targets >= 0  # (M,)
+            at = int((chosen & (ids[positions] == self.tokenizer.mask)).int().argmax())
+            ids[positions[chosen]] = targets[chosen]
+            place = int(positions[at])
             first, last = max(1, place - 12), min(int(inputs["lengths"][row]), place + 13)
             before, after = (self.readable(part) for part in (ids[first:place], ids[place + 1 : last]))
-            likeliest = zip(guesses[row, at].tolist(), values[row, at].tolist(), strict=True)
+            likeliest = zip(guesses[row, at].tolist(), probabilities[row, at].tolist(), strict=True)
             named = ", ".join(f"{show_token(self.tokenizer, token)} {p:.2f}" for token, p in likeliest)
-            was = show_token(self.tokenizer, int(targets[row, at]))
-            lines.append(f"{before} [MASK] {after}\n    {named}; it was {was}")
+            lines.append(f"{before} [MASK] {after}\n    {named}; it was {show_token(self.tokenizer, int(targets[at]))}")
         return "\n".join(lines)
 
     def readable(self, ids: Tensor) -> str:

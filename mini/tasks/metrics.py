@@ -22,8 +22,8 @@ def classification_report(confusion: np.ndarray, names: list[str]) -> dict:
     """Figures of a classifier: over all texts, and for each class.
 
     f1, precision and recall are the plain means of those of the classes (macro); weighted_f1 counts each class as
-    often as it occurs. mcc: see `matthews`. majority: the accuracy of always guessing the most frequent class.
-    A class that is never predicted has precision 0, one that never occurs recall 0.
+    often as it occurs. majority: the accuracy of always guessing the most frequent class. A class that is never
+    predicted has precision 0, one that never occurs recall 0.
     """
     hits = confusion.diagonal().astype(float)
     predicted, actual = confusion.sum(axis=0), confusion.sum(axis=1)
@@ -59,7 +59,6 @@ def matthews(confusion: np.ndarray) -> float:
     return float(covariance / math.sqrt(variances)) if variances > 0 else 0.0
 
 
-# ---------------------------------------------------------------- answers as texts
 # As in the official scripts evaluate-v1.1.py and evaluate-v2.0.py (Rajpurkar et al. 2016, 2018).
 def normalize_answer(text: str) -> str:
     """Lower case, without punctuation, articles and superfluous white space."""

@@ -1,8 +1,7 @@
 """Everything random is a function of (seed, index): which examples a step has, and what is drawn for each.
 
-Example number i of a training run (i = step * batch_size + place in the batch) belongs to epoch i // n and stands
-at place i % n of that epoch's order. So the batch of a step is the same however many processes share it, and
-resuming needs nothing but the step.
+Example number i of a run (i = step * batch_size + place in the batch) stands at place i % n of the order of epoch
+i // n. So the batch of a step is the same however many processes share it, and resuming needs nothing but the step.
 """
 
 import numpy as np

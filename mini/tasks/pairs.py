@@ -2,21 +2,19 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
-from mini.tasks.base import IGNORE, Batch
+from mini.tasks.base import IGNORE, Batch, FileTask
 from mini.tasks.inputs import pad
 from mini.tasks.lm import NextToken
-from mini.tasks.order import Grouped
 from mini.text.rows import column_texts, read_rows, rows_checksum
 from mini.text.tokenizer import Tokenizer
 
 
-class PromptAnswers(NextToken):
+class PromptAnswers(NextToken, FileTask):
     """prompt answer <eot>, where only the answer and its <eot> are to be predicted."""
 
     best = "val_loss"
@@ -27,10 +25,8 @@ class PromptAnswers(NextToken):
         if tokenizer.eot is None:
             raise UserError("the tokenizer has no <|endoftext|>, which ends answers: use another one")
         self.tokenizer, self.max_len, self.notes = tokenizer, max_len, []
-        self.train = self.encode(train)
-        self.valid = self.encode(valid)
-        self.n = len(self.train)
-        self.order = Grouped(np.array([len(ids) for ids, _ in self.train]), seed, batch_size)
+        self.train, self.valid = self.encode(train), self.encode(valid)
+        self.group(seed, batch_size)
         self.checksum = rows_checksum(self.train, self.valid)
 
     @staticmethod
@@ -62,13 +58,6 @@ class PromptAnswers(NextToken):
                 f"longer than --max_len {self.max_len} (the first: {cut[0]})"
             )
         return encoded
-
-    def batch(self, indices: np.ndarray) -> Batch:
-        return self.collate([self.train[i] for i in self.order(indices)])
-
-    def validation(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
-        for i in range(0, len(self.valid), batch_size):
-            yield self.collate(self.valid[i : i + batch_size])
 
     def collate(self, examples: list[tuple[list[int], int]]) -> Batch:
         """tokens and targets (B, T), padded at the right; targets IGNORE up to the answer."""

@@ -17,8 +17,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mini.errors import UserError, nearest
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, nearest, option
 from mini.text import python_docs
 from mini.text.fetch import KNOWN, KnownCorpus, fetch_known
 
@@ -93,12 +92,9 @@ class TextSplit:
 def open_corpus(config: DataConfig) -> tuple[TextSplit, TextSplit]:
     """Opens a corpus as (train, validation). Reads files once from end to end, to check and to measure them.
 
-    config.data: "python-docs", the name of a known corpus (fetched if need be), a text file, a .jsonl file (each
-        line {"text": ...} is one document), either of them as .gz, or a folder of these, where hidden files
-        do not count. What exists as a path is taken as a path. A list of paths is read one after another.
-    config.valid: the same. Without it, known corpora are split as everybody splits them; else the last documents
-        with about `valid_fraction` of the bytes are held out, or so much of a single one.
-
+    config.data, config.valid: as find_files takes them; of a .jsonl file each line {"text": ...} is one document.
+    Without valid, known corpora are split as everybody splits them; else the last documents with about
+    `valid_fraction` of the bytes are held out, or so much of a single one.
     Raises UserError, with file and place, where there is no text or not in the form that was promised.
     """
     read, known = open_reader(config.data, config)
@@ -159,7 +155,7 @@ def choose_cut(read: Reader, data: str, n_bytes: int, starts: array.array, valid
 
 # ---------------------------------------------------------------- from files to documents
 def find_files(data: str | list[str]) -> list[Path]:
-    """The files at a path, or at several; none if `data` is the name of a corpus. Raises UserError if it is neither.
+    """The files at a path, or at several; none if `data` is the name of a corpus, and no path. Else raises UserError.
 
     A folder is all files below it in the order of their names, but for hidden ones.
     """

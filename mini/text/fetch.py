@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.storage import atomic_file
 
 ATTEMPTS = 20  # times a transfer that broke off is taken up again, as long as each brings more of it
@@ -39,29 +39,20 @@ class KnownCorpus:
 KNOWN = {
     # The first 10^8 bytes of the English Wikipedia's dump of 3 March 2006 with all its markup (Mahoney) ...
     "enwik8": KnownCorpus(
-        url="http://mattmahoney.net/dc/enwik8.zip",
-        size=100_000_000,
-        checksum="sha256:2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
-        train_end=90_000_000,
-        valid_end=95_000_000,
-        document_start="  <page>",
+        url="http://mattmahoney.net/dc/enwik8.zip", size=100_000_000, train_end=90_000_000, valid_end=95_000_000,
+        checksum="sha256:2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8", document_start="  <page>",
     ),
     # ... and 10^8 bytes of that dump with nothing left but the letters a to z and single spaces.
     "text8": KnownCorpus(
-        url="http://mattmahoney.net/dc/text8.zip",
-        size=100_000_000,
+        url="http://mattmahoney.net/dc/text8.zip", size=100_000_000, train_end=90_000_000, valid_end=95_000_000,
         checksum="md5:3bea1919949baf155f99411df5fada7e",
-        train_end=90_000_000,
-        valid_end=95_000_000,
     ),
     "tinyshakespeare": KnownCorpus(
         url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        size=1_115_394,
+        size=1_115_394, train_end=1_003_854, valid_end=1_115_394,
         checksum="sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-        train_end=1_003_854,
-        valid_end=1_115_394,
     ),
-}
+}  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -94,10 +85,8 @@ def fetch_into(folder: Path, name: str) -> Path:
     if failure := download(known.url, part):
         packed = folder / (name + Path(known.url).suffix)
         places = target if packed == target else f"{packed}, or unpacked at {target}"
-        raise UserError(
-            f"{name}: cannot fetch {known.url} ({failure}); try again to go on, or put that file "
-            f"({known.size:,} bytes when unpacked) at {places}, or give a path as --data"
-        )
+        by_hand = f"put that file ({known.size:,} bytes when unpacked) at {places}, or give a path as --data"
+        raise UserError(f"{name}: cannot fetch {known.url} ({failure}); try again to go on, or {by_hand}")
     wrong = unpack(part, target, known)
     part.unlink()
     if wrong:

@@ -1,8 +1,7 @@
 """The default corpus: the English documentation that comes with every Python, about two megabytes.
 
-It is read from the standard library's source files, of which nothing is imported. So it is there without a
-network, and the same in every process. Another version of Python has another text. `questions` makes a data set
-for question answering of it.
+It is read from the standard library's source files, of which nothing is imported: there without a network, and the
+same in every process. Another version of Python has another text. `questions` makes questions and answers of it.
 """
 
 import ast
@@ -17,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from mini.errors import UserError
+from mini.flags import UserError
 
 SKIPPED = {"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "turtledemo"}
 TOPICS = "pydoc_data/topics.py"
@@ -29,7 +28,6 @@ def documents(library: Path | None = None) -> list[str]:
 
     They are ordered by a hash of their names, so the last ones are like the others. No long paragraph stands
     in two of them: what is held out, in whole documents, is not seen in training.
-
     library: the folder of a standard library's sources; this Python's by default. Raises UserError without sources.
     """
     library = library or standard_library()
@@ -79,10 +77,8 @@ def modules(library: Path) -> dict[str, Path]:
         # Only what can be imported: site-packages may be huge. What is taken out here is not entered.
         subfolders[:] = [name for name in subfolders if name.isidentifier() and name not in SKIPPED]
         paths += [Path(folder, name) for name in files if name.endswith(".py") and name[:-3].isidentifier()]
-    return {
-        ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in sorted(paths)
-    }
+    named = [(".".join(path.relative_to(library).with_suffix("").parts), path) for path in sorted(paths)]
+    return {name.removesuffix(".__init__"): path for name, path in named}
 
 
 def parse(path: Path) -> ast.Module:
@@ -141,9 +137,7 @@ def questions(split: str, library: Path | None = None) -> dict:
 
     A context lists six or seven neighbouring functions, methods and classes as `name: description`, in an order
     drawn by their hashes. A question is one of the descriptions, its id the full name, its answer the name.
-
     split: "train", or "valid": a tenth or more of the questions, in whole top-level modules, drawn by their hashes.
-    library: as for `documents`. Raises UserError where there are no sources.
     """
     described = descriptions(library or standard_library())
     sizes = Counter(full.split(".")[0] for full, _, _ in described)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from mini.errors import UserError
+from mini.flags import UserError
 
 
 def read_rows(path: str | Path, columns: list[str], optional: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
@@ -25,8 +25,8 @@ def read_rows(path: str | Path, columns: list[str], optional: tuple[str, ...] = 
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start:,} is not UTF-8: convert the file") from None
     if path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)
-        rows = [(f"{path}:{n}", parse_json_row(line, f"{path}:{n}")) for n, line in lines if line.strip()]
+        places = ((f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+        rows = [(place, parse_json_row(line, place)) for place, line in places]
     else:
         rows = read_table(text, path, columns)
     for place, row in rows:

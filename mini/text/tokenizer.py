@@ -5,8 +5,8 @@ symbols and again and again turns the most frequent pair of neighbours into one 
 al. 2019, §2.2) starts from the 256 bytes, so every text has a code and nothing is unknown, and first splits
 the text into words, numbers, signs and spaces, so no token spans two of them.
 
-Read `train_bpe` first, then `BPETokenizer`; the rest is splitting, saving and opening. Bytes, and what all kinds
-share, are in tokenizer_base.py, WordPiece is in wordpiece.py.
+Read `train_bpe` first, then `BPETokenizer`; the rest is splitting and opening. What all kinds share is in
+tokenizer_base.py, WordPiece in wordpiece.py.
 """
 
 import base64
@@ -23,7 +23,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.storage import read_json
 from mini.text.tokenizer_base import END_OF_TEXT, SPACE, ByteTokenizer, Tokenizer, blocks, character_classes, to_bytes
 from mini.text.wordpiece import WordPieceTokenizer, load_vocab, load_wordpiece
@@ -186,12 +186,10 @@ class BPETokenizer(Tokenizer):
 
 
 # ---------------------------------------------------------------- opening
-def make_tokenizer(
-    spec: str, texts: Callable[[], Iterable[str]], vocab_size: int, special: Sequence[str] = ()
-) -> Tokenizer:
+def make_tokenizer(spec: str, texts: Callable, vocab_size: int, special: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer that --tokenizer names, with these special tokens too.
 
-    `texts` and `vocab_size`, in which the special tokens are counted, are used only to train one ("bpe").
+    texts(), an iterable, and `vocab_size`, in which they are counted, are used only to train one ("bpe").
     """
     if spec == "bpe":
         made = train_bpe(texts(), vocab_size - len(special), added=len(special))
@@ -231,6 +229,19 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             return load_wordpiece(path)
         return load_published_gpt2(path, model["vocab"])
     raise UserError(f"{folder}: no tokenizer: neither tokenizer.json, nor GPT-2's vocab.json, nor BERT's vocab.txt")
+
+
+def init_tokenizer(init: str, spec: str | None, special: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of a run to start from. Published weights may come without one: then spec names it."""
+    try:
+        own = load_tokenizer(init)
+    except UserError:
+        if spec in (None, "bpe"):
+            raise
+        return make_tokenizer(spec, list, 0, special)
+    if spec and (spec == "bpe" or make_tokenizer(spec, list, 0, special).fingerprint != own.fingerprint):
+        raise UserError(f"--tokenizer {spec}: {init} brings a tokenizer of its own, on which its weights depend")
+    return own
 
 
 def load_saved(path: Path, saved: dict) -> Tokenizer:
@@ -274,8 +285,7 @@ def load_ranks(path: str | Path) -> dict[bytes, int]:
 
 def load_published_gpt2(path: Path, vocab: dict[str, int]) -> BPETokenizer:
     """The vocabulary published with GPT-2, {token: id}. Its ids are ranks: they follow the order of its merges."""
-    # A printable byte of a token stands for itself, the others are U+0100, U+0101, .., so a space is Ġ (U+0120): the
-    # function bytes_to_unicode in OpenAI's encoder.py.
+    # A printable byte stands for itself, the others are U+0100, U+0101, ..: bytes_to_unicode in OpenAI's encoder.py.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -308,9 +318,7 @@ def download_gpt2() -> BPETokenizer:
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong checksum is a ValueError
-        raise UserError(
-            f"--tokenizer gpt2: its files cannot be downloaded ({type(error).__name__}); "
-            "pass a .tiktoken ranks file with --tokenizer FILE instead"
-        ) from None
+        instead = "pass a .tiktoken ranks file with --tokenizer FILE instead"
+        raise UserError(f"--tokenizer gpt2: cannot be downloaded ({type(error).__name__}); {instead}") from None
     eot = encoding.eot_token
     return BPETokenizer({encoding.decode_single_token_bytes(i): i for i in range(eot)}, {END_OF_TEXT: eot})

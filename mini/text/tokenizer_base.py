@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.storage import write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -67,6 +67,9 @@ class Tokenizer:
     special       {name: id} of the tokens that stand for no text
     eot           id of <|endoftext|>, or None; the same for cls, sep, mask, pad: [CLS], [SEP], [MASK], [PAD]
     byte_lengths  (vocab_size,) int64, bytes of text each token stands for (for bits per byte); 0 if special
+
+    Each kind has encode_array(text): its ids, (T,) uint32. Special tokens' names in a text are plain text, and bytes
+    need not be UTF-8; and remade(special), the same with other special tokens.
     """
 
     kind: str
@@ -90,15 +93,8 @@ class Tokenizer:
         missing = [name for name in dict.fromkeys(names) if name not in self.special]
         return self.remade(self.special | {name: self.vocab_size + k for k, name in enumerate(missing)})
 
-    def remade(self, special: dict[str, int]) -> "Tokenizer":
-        raise NotImplementedError
-
-    def encode_array(self, text: str | bytes) -> np.ndarray:
-        """A text's ids, (T,) uint32. Special tokens' names in it are plain text; bytes need not be UTF-8."""
-        raise NotImplementedError
-
     def encode(self, text: str | bytes) -> list[int]:
-        """The same as a list."""
+        """What encode_array gives, as a list."""
         return self.encode_array(text).tolist()
 
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import itertools
 import os
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from mini.errors import UserError
-from mini.flags import from_dict
+from mini.flags import UserError, from_dict
 from mini.storage import atomic_folder, read_json, sha256, write_json
-from mini.text.corpus import TextSplit
-from mini.text.tokenizer import Tokenizer
+from mini.text.corpus import DataConfig, TextSplit, fingerprint, open_corpus
+from mini.text.fetch import cache_folder
+from mini.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 FORMAT = "mini tokens 1"
+BPE_BYTES = 10_000_000  # of text, evenly spread over the corpus, are what a BPE is trained on
 BATCH = 2**19  # bytes of text, of one document or many, that a thread encodes at a time
 # Some text, encoded: its tokens, the places in them where documents and where sentences start, its bytes.
 Encoded = tuple[np.ndarray, np.ndarray, np.ndarray, int]
@@ -105,6 +106,40 @@ def map_file(path: Path, dtype: str, n: int) -> np.ndarray:
     return np.memmap(path, dtype, "r") if n else np.empty(0, dtype)  # an empty file cannot be mapped
 
 
+# ---------------------------------------------------------------- from --data
+def prepare_tokens(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, given: set[str] = frozenset(),
+                   special: Sequence[str] = ()) -> tuple[TokenFolder, Tokenizer]:  # fmt: skip
+    """The corpus of --data as tokens: opened if it is a token folder, taken from the cache, or made now.
+
+    tokenizer: that of the run to start from, if any. given: flags of the command line, of which a token folder
+    refuses those that come too late for it. special: tokens that the model needs beside text.
+    """
+    if is_token_folder(config.data):
+        if late := given & {"tokenizer", "vocab_size", "valid", "valid_fraction", "separator", "errors"}:
+            raise UserError(f"--{min(late)}: {config.data} is made of tokens already; make it anew with that flag")
+        made_with = load_tokenizer(config.data).with_special(special)
+        if tokenizer and tokenizer.fingerprint != made_with.fingerprint:
+            raise UserError(f"{config.data} was made with another tokenizer than the run of --init has")
+        return open_tokens(config.data), made_with
+    if not tokenizer and config.tokenizer != "bpe":
+        tokenizer = make_tokenizer(config.tokenizer, list, vocab_size, special)
+    trained = f"bpe{vocab_size}" + f"-{len(special)}" * bool(special)
+    name = f"{tokenizer.kind}-{tokenizer.fingerprint[:12]}" if tokenizer else trained
+    path = cache_folder() / "tokens" / f"{fingerprint(config)[:24]}-{name}"
+    if not is_token_folder(path):
+        write_token_folder(config, vocab_size, tokenizer, path, special=special)
+    return open_tokens(path), load_tokenizer(path)
+
+
+def write_token_folder(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, out: Path, workers: int = 0,
+                       special: Sequence[str] = ()) -> TokenFolder:  # fmt: skip
+    """Reads the corpus of --data and writes it as a token folder; trains or opens the tokenizer if none is given."""
+    train, valid = open_corpus(config)
+    if not tokenizer:
+        tokenizer = make_tokenizer(config.tokenizer, lambda: train.texts(limit=BPE_BYTES), vocab_size, special)
+    return write_tokens({"train": train, "valid": valid}, tokenizer, out, workers=workers)
+
+
 # ---------------------------------------------------------------- writing
 def write_tokens(
     splits: dict[str, TextSplit], tokenizer: Tokenizer, out: str | Path, progress: bool = True, workers: int = 0
@@ -118,21 +153,13 @@ def write_tokens(
     if out.exists() and not is_token_folder(out) and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out}: exists and is not a token folder; choose another name")
     workers = workers or os.cpu_count() or 1
-    meta = {
-        "format": FORMAT,
-        "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
-        "tokenizer": {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint},
-        "vocab_size": tokenizer.vocab_size,
-        "eot": tokenizer.eot,
-        "splits": {},
-    }
+    made_with = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
+    meta = dict(format=FORMAT, dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32", tokenizer=made_with)
+    meta |= dict(vocab_size=tokenizer.vocab_size, eot=tokenizer.eot, splits={})
     total = splits["train"].n_bytes + splits["valid"].n_bytes
     hidden = None if progress else True  # None: tqdm shows itself on a terminal only
-    with (
-        atomic_folder(out) as folder,
-        tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=hidden) as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    bar = tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=hidden)
+    with atomic_folder(out) as folder, bar, ThreadPoolExecutor(workers) as pool:
         tokenizer.save(folder)
         for name in ("train", "valid"):
             batches = encode_batches(splits[name], tokenizer, pool, ahead=2 * workers)
@@ -218,10 +245,9 @@ def encode_piece(piece: bytes, starts: np.ndarray, tokenizer: Tokenizer) -> tupl
 
 
 # ---------------------------------------------------------------- sentences
-# A sentence ends with its full stop and what closes behind it, unless that was an abbreviation or a small
-# letter follows. In UTF-8, e2 80 99 and e2 80 9d are curved quotes, e3 80 82 is the CJK full stop. Patterns
-# give back nothing that they took (`++`), and match where no sentence follows too (without a group, then): so
-# a million full stops or empty lines take no more time than other text.
+# A sentence ends with its full stop and what closes behind it, unless that was an abbreviation or a small letter
+# follows. (UTF-8: e2 80 99, e2 80 9d are curved quotes, e3 80 82 is the CJK full stop.) Patterns give nothing back
+# (`++`), and match where no sentence follows too, without a group: so a million full stops take no more time than text.
 FULL_STOP = re.compile(
     rb"""
     [.!?] (?<! \b[A-Z]\. ) (?<! \b(?:Mr|Ms|Dr|St|vs|cf)\. ) (?<! \b(?:Mrs|e\.g|i\.e)\. )

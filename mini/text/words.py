@@ -10,14 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mini.errors import UserError, nearest
+from mini.flags import UserError, nearest
 
 NORMALIZATIONS = ("lower", "accents", "punctuation", "stopwords")
 AUGMENTATIONS = ("insert", "replace", "swap", "delete", "mask")
 
-# Function words that say little about a text's class. Negations (not, no, nor, never, neither, without, words in n't)
-# are never among them, for they turn a sentiment round: "not good" must not become "good". Words that weigh or
-# contrast (but, very, too, only, more) are left out for the same reason.
+# Function words that say little about a text's class. Negations (not, no, never, without, words in n't) and words that
+# weigh or contrast (but, very, too, only) are not among them: "not good" must not become "good".
 FUNCTION_WORDS = """
     a an the this that these those who whom whose which what when where why how
     i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself
@@ -32,7 +31,6 @@ FUNCTION_WORDS = """
 STOPWORDS = frozenset(FUNCTION_WORDS.split())
 
 
-# ---------------------------------------------------------------- normalisation
 def normalize(text: str, steps: Sequence[str]) -> str:
     """The text after those of NORMALIZATIONS that steps names, in their order there, with single spaces.
 
@@ -71,12 +69,10 @@ def is_punctuation(c: str) -> bool:
     return c in string.punctuation or unicodedata.category(c).startswith("P")
 
 
-# ---------------------------------------------------------------- augmentation
 def augment(text: str, operation: str, rate: float, words: Sequence[str], key: int) -> str:
     """The text with about `rate` (0..1) of its words changed by one of AUGMENTATIONS; at rate 0 with none.
 
-    "Easy data augmentation" (EDA: Wei & Zou 2019, arXiv 1901.11196, §2), to which mask is added. The text is split
-    at white space into N words, and n = max(1, round(rate N)):
+    "Easy data augmentation" (EDA: Wei & Zou 2019, §2), and mask. Of N words, n = max(1, round(rate N)):
 
         insert   n times, a random one of `words` at a random place
         replace  n different places get a random one of `words` (by chance, perhaps the word that was there)
@@ -84,11 +80,9 @@ def augment(text: str, operation: str, rate: float, words: Sequence[str], key: i
         delete   each word goes with probability rate; if all would, one stays
         mask     n different places get [MASK]
 
-    EDA's insert and replace use WordNet synonyms of words of the text that are no stop words. Here they use `words`,
-    all words of the training texts, repeats included, so that a word is drawn as often as it is written: that needs
-    no thesaurus and no certain language, but a new word need not mean what the old one did.
-
-    key: a number >= 0, from which alone the randomness comes: same key, same text.
+    Where EDA has WordNet's synonyms, insert and replace use `words`, all of the training texts, repeats included: that
+    needs no thesaurus and no certain language, but a new word need not mean what the old one did.
+    key: a number >= 0, from which alone the randomness comes.
     """
     out = text.split()
     N = len(out)
@@ -118,7 +112,6 @@ def augment(text: str, operation: str, rate: float, words: Sequence[str], key: i
     return " ".join(out)
 
 
-# ---------------------------------------------------------------- flags
 def parse_steps(flag: str, value: str, allowed: tuple[str, ...]) -> list[str]:
     """The names in a flag's comma-separated value, each once; "all" is all of them, "none" or nothing is none."""
     if value in ("", "none", "all"):

@@ -11,20 +11,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mini.errors import UserError
-from mini.flags import from_dict
+from mini import storage
+from mini.flags import UserError, from_dict
 from mini.model import int8, sparse
-from mini.storage import (
-    atomic_folder,
-    load_tensors,
-    load_weights,
-    read_json,
-    save_tensors,
-    sha256,
-    weights,
-    write_json,
-    write_text,
-)
 
 LEARNING = "learning."  # before the names of what is never served
 
@@ -44,7 +33,7 @@ class State:
 
 def served(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights without what exists only while they learn."""
-    return {name: tensor for name, tensor in weights(model).items() if not name.startswith(LEARNING)}
+    return {name: tensor for name, tensor in storage.weights(model).items() if not name.startswith(LEARNING)}
 
 
 def save_model(model: nn.Module, folder: Path) -> int:
@@ -52,25 +41,25 @@ def save_model(model: nn.Module, folder: Path) -> int:
     model.cpu()
     if int8.is_prepared(model):
         int8.convert(model)
-    save_tensors(folder / "model.safetensors", sparse.pack(served(model)))
+    storage.save_tensors(folder / "model.safetensors", sparse.pack(served(model)))
     return (folder / "model.safetensors").stat().st_size
 
 
 def read_result(folder: Path) -> dict | None:
     """The final figures of a finished run, None for an unfinished one."""
-    return read_json(folder / "result.json") if (folder / "result.json").is_file() else None
+    return storage.read_json(folder / "result.json") if (folder / "result.json").is_file() else None
 
 
 # ---------------------------------------------------------------- checkpoints
 def save_checkpoint(folder: Path, model: nn.Module, optimizers: list, state: dict, keep: int) -> Path:
     """Writes checkpoints/step-N, N = state["step"], whole or not at all; deletes all but the newest `keep`."""
     path = folder / "checkpoints" / f"step-{state['step']:08d}"
-    with atomic_folder(path) as temporary:
-        save_tensors(temporary / "model.safetensors", weights(model))
-        save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizers))
-        checksums = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+    with storage.atomic_folder(path) as temporary:
+        storage.save_tensors(temporary / "model.safetensors", storage.weights(model))
+        storage.save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizers))
+        checksums = {file.name: storage.sha256(file) for file in sorted(temporary.iterdir())}
         content = {**state, "sha256": checksums}
-        write_json(temporary / "state.json", {**content, "check": digest(content)})
+        storage.write_json(temporary / "state.json", {**content, "check": digest(content)})
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return path
@@ -89,7 +78,7 @@ def newest_checkpoint(folder: Path, say: Callable = lambda text: None, before: i
         try:
             state = vars(read_state(path))
             whole = state.pop("check") == digest(state)
-            whole = whole and all(sha256(path / name) == value for name, value in state["sha256"].items())
+            whole = whole and all(storage.sha256(path / name) == value for name, value in state["sha256"].items())
         except (UserError, FileNotFoundError):
             whole = False
         if whole:
@@ -108,8 +97,8 @@ def digest(content: dict) -> str:
 
 def load_checkpoint(path: Path, model: nn.Module, optimizers: list) -> dict:
     """Puts a checkpoint's weights and optimizer state into place and returns the state it was saved with."""
-    load_weights(model, load_tensors(path / "model.safetensors"), path)
-    tensors = load_tensors(path / "optimizer.safetensors")
+    storage.load_weights(model, storage.load_tensors(path / "model.safetensors"), path)
+    tensors = storage.load_tensors(path / "optimizer.safetensors")
     for index, optimizer in enumerate(optimizers):
         for name, parameter in named(model, optimizer):
             prefix = f"{index}/{name}/"
@@ -121,7 +110,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list) -> dict:
 
 
 def read_state(checkpoint: Path) -> State:
-    return from_dict(State, read_json(checkpoint / "state.json"), checkpoint / "state.json")
+    return from_dict(State, storage.read_json(checkpoint / "state.json"), checkpoint / "state.json")
 
 
 def optimizer_tensors(model: nn.Module, optimizers: list) -> dict[str, torch.Tensor]:
@@ -164,4 +153,4 @@ def rewind(folder: Path, step: int) -> None:
     for path in [*later, *(folder / "checkpoints").glob(".step-*.tmp")]:
         shutil.rmtree(path)
     text = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
-    write_text(folder / "metrics.jsonl", text)
+    storage.write_text(folder / "metrics.jsonl", text)

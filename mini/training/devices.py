@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from mini.errors import UserError
+from mini.flags import UserError
 
 
 class World:
@@ -54,14 +54,10 @@ class World:
 
     def agree(self, value):
         """Rank 0's value, on every rank: for choices that hang on what each has measured."""
+        box = [value]
         if self.size > 1:
-            box = [value]
             dist.broadcast_object_list(box, device=self.device)
-            value = box[0]
-        return value
-
-    def lowest(self, value: int) -> int:
-        return -self.highest(-value)
+        return box[0]
 
     def highest(self, value: int) -> int:
         """The highest of all ranks' values."""

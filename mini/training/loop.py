@@ -10,20 +10,18 @@
         now and then: a line of metrics.jsonl, evaluate(), show_sample(), a checkpoint
     finish()
 
-One step in words: the global batch of the step is cut into equal micro-batches, one for each rank and accumulation; the
-summed losses of each are divided by the counts of the whole batch, so that the gradients add up to that of the one big
-batch; then one optimizer step. Dropout is seeded from (seed, step, first example of the micro-batch): so nothing
-depends on how many processes share micro-batches of one size (1 x 4, 2 x 2, 4 x 1), and a run goes on from a checkpoint
-as if it had never stopped.
+The global batch of a step is cut into equal micro-batches, one for each rank and accumulation; the summed losses of
+each are divided by the counts of the whole batch, so that the gradients add up to that of the one big batch. Dropout is
+seeded from (seed, step, first example of the micro-batch): so nothing depends on how many processes share micro-batches
+of one size (1 x 4, 2 x 2, 4 x 1), and a run goes on from a checkpoint as if it had never stopped.
 """
 
 import contextlib
-import dataclasses
 import math
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mini.errors import UserError
-from mini.flags import Checked, option
+from mini.flags import Checked, UserError, option
 from mini.storage import load_tensors, load_weights, save_tensors, write_json
 from mini.tasks.base import Batch, Task
 from mini.tasks.order import mix
@@ -52,14 +49,8 @@ class TrainConfig(Checked):
     accumulation: int = option(1, "parts into which each rank cuts its share of the batch", low=1, resume=True)
     seed: int = option(1, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: str = option(
-        "auto", "of matrix products; auto: bfloat16 where the hardware multiplies it", ("auto", "bfloat16", "float32")
-    )
-    compile: str = option(
-        "auto",
-        "torch.compile; auto: on GPUs. On CPUs true is faster, but does not repeat to the bit",
-        ("auto", "true", "false"),
-    )
+    dtype: str = option("auto", "of products; auto: bfloat16 where it is in hardware", ("auto", "bfloat16", "float32"))
+    compile: str = option("auto", "auto: on GPUs; on CPUs it does not repeat to the bit", ("auto", "true", "false"))
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory")
     eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch", low=0)
     eval_tokens: int = option(0, "validation tokens that evaluations of lm before the last use; 0: all", low=0)
@@ -71,6 +62,10 @@ class TrainConfig(Checked):
     @property
     def trains(self) -> bool:
         return bool(self.steps or self.epochs)
+
+    def total_steps(self, n: int) -> int:
+        """With n training examples."""
+        return max(1, round(self.epochs * n / self.batch_size)) if self.epochs else self.steps
 
 
 RESERVED = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}  # names in metrics.jsonl that no loss may have
@@ -87,28 +82,19 @@ class Losses(nn.Module):
         return self.objective.loss(self.model, inputs), self.model.extra_losses()
 
 
-def train(
-    model: nn.Module,
-    task: Task,
-    options: TrainConfig,
-    optim: OptimConfig,
-    folder: Path,
-    world: World,
-    objective: object = None,
-    methods: Sequence = (),
-    best_from: int = 0,
-) -> dict:
+def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig, folder: Path, world: World,
+          objective: object = None, methods: Sequence = ()) -> dict:  # fmt: skip
     """Trains to the end, from the newest checkpoint in folder if there is one; returns the final figures.
 
     objective: what is minimised, if not the task alone; it has a task's loss(), counts(), loss_weights, default_weight,
-    best and fixed_shape. methods: what acts beside the optimizer, with after_backward(), after_step(done, steps) and
-    figures(), which the result shows. best_from: the step before which no weights count as the best.
+    best and fixed_shape. methods: what acts beside the optimizer, with after_backward(), after_step(done, steps),
+    settled(done, steps), before which no weights count as the best, and figures(), which the result shows.
     Writes metrics.jsonl, checkpoints, and at the end model.safetensors and result.json.
     Raises UserError where the loss stops being a number; SystemExit after SIGTERM or Ctrl-C, a checkpoint written.
     """
     objective = objective or task
     size = micro_batch_size(options, world)
-    steps, eval_every = total_steps(options, task), options.eval_every
+    steps, eval_every = options.total_steps(task.n), options.eval_every
     if objective.best and not eval_every:
         eval_every = -(-task.n // options.batch_size)  # each epoch
 
@@ -118,7 +104,7 @@ def train(
     dtype = pick_dtype(options.dtype, world.device)
     model.freeze_unused()
     # In fewer steps than there are turns, each matrix has its turn all the same.
-    optimizers = make_optimizers(model, dataclasses.replace(optim, turns=min(optim.turns, max(1, steps))))
+    optimizers = make_optimizers(model, replace(optim, turns=min(optim.turns, max(1, steps))))
     state = resume(model, optimizers, folder, world)
 
     losses_of: nn.Module = Losses(model, objective)
@@ -170,7 +156,7 @@ def train(
                         raise diverged(done, f"the validation loss is {figures['val_loss']}", done, folder)
                     row |= {name: value for name, value in figures.items() if isinstance(value, float)}
                     world.say(f"step {done:>{len(str(steps))}}: " + describe(figures))
-                    if objective.best and done >= best_from:
+                    if objective.best and all(method.settled(done, steps) for method in methods):
                         keep_best(state, figures, objective.best, model, folder, world)
                 if world.main:
                     checkpoints.append_metrics(folder, row)
@@ -191,15 +177,10 @@ def train(
         figures = state["best"] = evaluate(model, task, world, dtype, size)
         world.say(describe(figures))
     result = {
-        **(state["best"] if objective.best else figures),
-        "steps": steps,
-        "tokens": state["tokens"],
-        **speed.overall(state),
-        "seconds": time.perf_counter() - began,
-        "parameters": model.num_params(),
-        "device": str(world.device),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+        **(state["best"] if objective.best else figures), "steps": steps, "tokens": state["tokens"],
+        **speed.overall(state), "seconds": time.perf_counter() - began, "parameters": model.num_params(),
+        "device": str(world.device), "dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
     for method in methods:
         result |= method.figures()
     if world.main:
@@ -215,7 +196,7 @@ def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> di
         world.say(f"going on from {checkpoint}")
     elif checkpoints.checkpoints(folder):
         raise UserError(f"{folder}: every checkpoint is damaged; --overwrite true begins anew")
-    if world.lowest(state["step"]) != world.highest(state["step"]):
+    if world.highest(state["step"]) != -world.highest(-state["step"]):
         raise UserError(f"{folder}: the ranks see different checkpoints; put the run on a file system that all share")
     if world.main:
         checkpoints.rewind(folder, state["step"])
@@ -232,17 +213,12 @@ def finish(model: nn.Module, result: dict, folder: Path) -> None:
     (folder / "best.safetensors").unlink(missing_ok=True)
 
 
-def total_steps(options: TrainConfig, task: Task) -> int:
-    return max(1, round(options.epochs * task.n / options.batch_size)) if options.epochs else options.steps
-
-
 def micro_batch_size(options: TrainConfig, world: World) -> int:
     """Sequences in one forward pass: the batch is cut equally by ranks, then by accumulation."""
     size, rest = divmod(options.batch_size, world.size * options.accumulation)
     if rest:
-        raise UserError(
-            f"--batch_size {options.batch_size} cannot be cut into {world.size} ranks x {options.accumulation} parts"
-        )
+        parts = f"{world.size} ranks x {options.accumulation} parts"
+        raise UserError(f"--batch_size {options.batch_size} cannot be cut into {parts}")
     return size
 
 
@@ -257,14 +233,9 @@ def micro_batches(task: Task, step: int, size: int, options: TrainConfig, world:
     return [(mix(options.seed, step, n), task.batch(np.arange(n, n + size))) for n in firsts]
 
 
-def backward(
-    losses_of: nn.Module,
-    objective: object,
-    extra_weights: dict[str, float],
-    batches: list[tuple[int, Batch]],
-    dtype: torch.dtype,
-    world: World,
-) -> tuple[dict[str, float], dict[str, float], int]:
+def backward(losses_of: nn.Module, objective: object, extra_weights: dict[str, float],
+             batches: list[tuple[int, Batch]], dtype: torch.dtype,
+             world: World) -> tuple[dict[str, float], dict[str, float], int]:  # fmt: skip
     """Leaves the gradient of the step's whole batch in the parameters: of all losses that objective and model return.
 
     extra_weights: of the model's own losses. Returns ({name: mean loss in nats}, {name: its weight}, real tokens), all

@@ -18,9 +18,7 @@ class OptimConfig(Checked):
     """The optimizer and its schedule."""
 
     optimizer: str = option("muon", "Muon for the hidden matrices and AdamW for the rest, or AdamW", ("muon", "adamw"))
-    lr: float | None = option(
-        None, "peak learning rate (with Muon: of the hidden matrices); None: 0.02 for Muon, 0.001 for AdamW", low=0
-    )
+    lr: float | None = option(None, "peak rate, with Muon that of hidden matrices; None: Muon 0.02, AdamW 0.001", low=0)
     embed_lr: float = option(0.0, "AdamW's for embeddings; 0: lr, with Muon lr / 2", low=0)
     head_lr: float = option(0.0, "AdamW's for an untied head, norms and biases; 0: lr, with Muon lr / 4", low=0)
     schedule: str = option("trapezoidal", "shape after the warm-up", ("trapezoidal", "cosine", "linear", "constant"))
@@ -90,17 +88,10 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
             raise ValueError(f"{name} has the role {role!r}; a module's role is one of {', '.join(rates)}")
         groups[role].append(model.get_parameter(name))
     hidden = groups.pop("hidden") if muon else []
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            [
-                dict(params=p, peak_lr=rates[role], lr=rates[role],
-                     weight_decay=0.0 if role == "vector" else config.weight_decay)
-                for role, p in groups.items() if p
-            ],
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
-    ]  # fmt: skip
+    decay = {role: 0.0 if role == "vector" else config.weight_decay for role in rates}
+    adamw = [dict(params=p, lr=rates[r], peak_lr=rates[r], weight_decay=decay[r]) for r, p in groups.items() if p]
+    betas = config.beta1, config.beta2
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adamw, betas=betas, fused=True)]
     if hidden:
         parts = {id(m.weight): m.parts for m in model.modules() if isinstance(m, Linear)}
         optimizers.append(Muon(hidden, config.lr, config.momentum, config.weight_decay, config.turns, parts))

@@ -9,16 +9,14 @@ model.safetensors  the final weights, and
 result.json        the final figures: both are there once the run is finished
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO
 
 import torch
 from torch import nn
 
-from mini.errors import UserError
-from mini.flags import from_dict
+from mini.flags import UserError, from_dict
 from mini.model import int8, sparse
 from mini.model.bert import Bert
 from mini.model.config import ModelConfig
@@ -27,7 +25,7 @@ from mini.model.published import published_kind
 from mini.model.transformer import Model
 from mini.storage import atomic_folder, load_tensors, load_weights, read_json, remove_folder, weights, write_json
 from mini.tasks import TASKS
-from mini.text.prepare import DataConfig
+from mini.text.corpus import DataConfig
 from mini.text.tokenizer import Tokenizer, load_tokenizer
 from mini.training.checkpoints import LEARNING, newest_checkpoint
 from mini.training.loop import TrainConfig
@@ -63,7 +61,7 @@ class RunConfig:
     quant: dict | None = None  # in what form the matrices are
 
     def save(self, folder: str | Path) -> None:
-        write_json(Path(folder) / "config.json", {"format": FORMAT, **dataclasses.asdict(self)})
+        write_json(Path(folder) / "config.json", {"format": FORMAT, **asdict(self)})
 
 
 def read_config(folder: str | Path) -> RunConfig:
@@ -126,10 +124,8 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
 
 def check_vocabulary(config: ModelConfig, tokenizer: Tokenizer, where: str | Path) -> None:
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model knows {config.vocab_size:,}: "
-            f"they do not belong together"
-        )
+        sizes = f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model knows {config.vocab_size:,}"
+        raise UserError(f"{where}: {sizes}: they do not belong together")
 
 
 def newest_weights(folder: Path) -> Path:
@@ -180,9 +176,7 @@ def read_labels(folder: str | Path) -> list[str]:
 
 
 # ---------------------------------------------------------------- beginning and going on
-def claim(
-    folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool = False, main: bool = True
-) -> IO | None:
+def claim(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool, main: bool) -> IO | None:
     """Makes the run's folder, or checks that the one there is the same run; all but the main process only check.
 
     Returns the main process's lock, which holds as long as it stays open.
@@ -204,10 +198,8 @@ def claim(
         if differences:
             if len(differences) > MANY:
                 differences = [*differences[:MANY], f"and {len(differences) - MANY} more"]
-            raise UserError(
-                f"{folder} holds another run: {'; '.join(differences)}. Give the same flags to go on, another --out, "
-                f"or --overwrite true"
-            )
+            how = "Give the same flags to go on, another --out, or --overwrite true"
+            raise UserError(f"{folder} holds another run: {'; '.join(differences)}. {how}")
     elif folder.exists():  # perhaps a link or a mounted disk: filled, not replaced; config.json last
         tokenizer.save(folder)
         config.save(folder)
@@ -241,12 +233,11 @@ def lock(folder: Path) -> IO | None:
 
 def compare(old: RunConfig, new: RunConfig) -> list[str]:
     """'lr was 0.02, now 0.01' for everything that differs and would change the result."""
-    free = {f"train.{f.name}" for f in dataclasses.fields(TrainConfig) if f.metadata.get("resume")}
-    before, now = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
+    free = {f"train.{f.name}" for f in fields(TrainConfig) if f.metadata.get("resume")}
+    before, now = flatten(asdict(old)), flatten(asdict(new))
     names = sorted(name for name in before | now if before.get(name) != now.get(name) and name not in free)
-    short = {name: name.rpartition(".")[2] for name in names}
-    changes = [f"{short[name]} was {before.get(name)}, now {now.get(name)}" for name in names if name != "tokens"]
-    return changes + (["the training text is another"] if "tokens" in names else [])
+    changes = [f"{n.rpartition('.')[2]} was {before.get(n)}, now {now.get(n)}" for n in names if n != "tokens"]
+    return changes + ["the training text is another"] * ("tokens" in names)
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

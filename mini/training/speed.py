@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,14 +15,8 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 0) -> flo
     """FLOP/s of a large square matrix product on this very device: the peak that utilisation is held against."""
     size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device, dtype=dtype)
-    times = []
-    for _ in range(7):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times[2:])  # the first two warm up
+    times = call_times(lambda: a @ a, 7, device)[2:]  # the first two warm up
+    return 2 * size**3 / statistics.median(times)
 
 
 class Speedometer:
@@ -52,6 +47,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def call_times(call: Callable, n: int, device: torch.device) -> list[float]:
+    """The seconds that each of n calls takes."""
+    times = []
+    for _ in range(n):
+        synchronize(device)
+        begun = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - begun)
+    return times
+
+
 def load_pyplot():
     """matplotlib's pyplot, which draws into files, or None where it is not installed."""
     try:
@@ -72,12 +79,9 @@ def plot_metrics(rows: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="training")
     valid = [r for r in rows if "val_loss" in r]
-    axes.plot([r["step"] for r in valid], [r["val_loss"] for r in valid], "o-", label="validation")
-    if valid and "nsp_loss" in valid[0]:  # what of a BERT's loss is due to masked tokens
-        axes.plot([r["step"] for r in valid], [r["mlm_loss"] for r in valid], "o:", label="masked tokens alone")
-    if valid and "unigram_loss" in valid[0]:
-        axes.axhline(valid[-1]["unigram_loss"], ls="--", color="gray", label="masked tokens by frequency alone")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    for name in (name for name in (valid or [{}])[0] if name.endswith("_loss")):  # val_loss, and what it is made of
+        axes.plot([r["step"] for r in valid], [r[name] for r in valid], "o-", label=name)
+    axes.set(xlabel="step", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

@@ -1,34 +1,31 @@
 """From a command line to a finished run: the steps that train_gpt.py, train_bert.py and compress.py share."""
 
-import dataclasses
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 
-from mini.errors import UserError, nearest
-from mini.flags import Checked, field_names, option, parse_flags, peek
+from mini.flags import Checked, UserError, field_names, nearest, option, parse_flags, peek
 from mini.model import int8, sparse
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.storage import weights
 from mini.tasks import TASKS
 from mini.tasks.base import Task
-from mini.text.prepare import DataConfig, init_tokenizer, prepare_tokens
-from mini.text.tokenizer import Tokenizer, make_tokenizer
+from mini.text.corpus import DataConfig
+from mini.text.tokenizer import Tokenizer, init_tokenizer, make_tokenizer
+from mini.text.tokens import prepare_tokens
 from mini.training import runs
 from mini.training.checkpoints import read_result
 from mini.training.devices import World
 from mini.training.loop import TrainConfig, micro_batch_size, train
 from mini.training.optim import OptimConfig
 
-FINETUNE = dict(
-    optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01,
-    epochs=3.0, batch_size=32, eval_every=0, sample_every=0,
-)  # fmt: skip
+FINETUNE = dict(optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01, epochs=3.0,
+                batch_size=32, eval_every=0, sample_every=0)  # fmt: skip
 MUON_FINETUNE = 0.002  # its learning rate there (docs/log.md)
 
 
@@ -56,18 +53,16 @@ class Settings:
     given: set[str]  # names of the flags that were given
     source: Model | None = None  # the model of --init
     tokenizer: Tokenizer | None = None  # its tokenizer
-    labels: list[str] = dataclasses.field(default_factory=list)  # its classes
+    labels: list[str] = field(default_factory=list)  # its classes
     quant: dict | None = None  # the form of its matrices
-    compression: dict = dataclasses.field(default_factory=dict)  # what compress.py does: RunConfig's field -> settings
+    compression: dict = field(default_factory=dict)  # what compress.py does: RunConfig's field -> settings
 
     @property
     def task(self) -> type[Task]:
         return TASKS[self.job.task]
 
 
-def read_settings(
-    argv: list[str], description: str, kind: str, presets: dict[str, dict], finetune: dict | None = None
-) -> Settings:
+def read_settings(argv: list[str], description: str, kind: str, presets: dict, finetune: dict = FINETUNE) -> Settings:
     """Reads the flags. finetune: what tasks that do not pretrain have instead of a preset's values."""
     names = sorted((name for name, task in TASKS.items() if kind in task.kinds), key=lambda n: not TASKS[n].pretrains)
     name = peek(argv, "task", names[0])
@@ -78,7 +73,7 @@ def read_settings(
     folder = f"out/{kind if preset == first else preset}"
     defaults = dict(task=name, out=folder if name == names[0] else f"{folder}-{name}")
     if not task.pretrains:
-        defaults = {**FINETUNE, **(finetune or {}), **defaults}
+        defaults = finetune | defaults
     defaults |= other_optimizer(argv, presets.get(preset, {}) | defaults, task.pretrains)
     classes = [Job, ModelConfig, DataConfig, OptimConfig, TrainConfig, *filter(None, [task.Config])]
     description = f"{description}\n\n--task is one of {', '.join(names)}; each has flags and defaults of its own."
@@ -122,20 +117,20 @@ def open_init(settings: Settings, init: str) -> None:
     if shape.positions == "learned" and "max_len" in given and settings.model.max_len > shape.max_len:
         raise UserError(f"--max_len {settings.model.max_len}: {init} has learned positions for {shape.max_len} tokens")
     refuse_fixed(settings.model, shape, given, init)
-    settings.model = dataclasses.replace(shape, **{n: v for n, v in vars(settings.model).items() if n in given})
+    settings.model = replace(shape, **{n: v for n, v in vars(settings.model).items() if n in given})
     if not runs.is_published(init):
         saved = runs.read_config(init)
         settings.quant = saved.quant
         if isinstance(saved.task_options, settings.task.Config or ()):
             refuse_fixed(settings.task_options, saved.task_options, given, init)
-            fixed = {f.name for f in dataclasses.fields(saved.task_options) if f.metadata.get("fixed")}
+            fixed = {f.name for f in fields(saved.task_options) if f.metadata.get("fixed")}
             theirs = {name: getattr(saved.task_options, name) for name in fixed}
-            settings.task_options = dataclasses.replace(settings.task_options, **theirs)
+            settings.task_options = replace(settings.task_options, **theirs)
 
 
 def refuse_fixed(mine, theirs, given: set[str], init: str) -> None:
     """Raises UserError for a given setting that a run has fixed for all that begins with it."""
-    for f in dataclasses.fields(theirs):
+    for f in fields(theirs):
         if f.metadata.get("fixed") and f.name in given and getattr(mine, f.name) != getattr(theirs, f.name):
             raise UserError(f"--{f.name} {getattr(mine, f.name)}: {init} has {getattr(theirs, f.name)}; leave it out")
 
@@ -176,10 +171,10 @@ def make_world(options: TrainConfig) -> World:
     return world
 
 
-def open_task(settings: Settings, world: World) -> tuple[Task, Tokenizer]:
+def open_task(settings: Settings, world: World) -> Task:
     """Text -> tokens -> the examples of each step, with the losses and the figures they are for.
 
-    The tokenizer is that of --init, or without one that of --tokenizer; a BPE is trained on the texts to learn from.
+    settings.tokenizer is that of --init, or becomes that of --tokenizer: a BPE is trained on the texts to learn from.
     """
     task, data, model, training = settings.task, settings.data, settings.model, settings.train
     tokenizer, special = settings.tokenizer, special_tokens(settings)
@@ -187,9 +182,8 @@ def open_task(settings: Settings, world: World) -> tuple[Task, Tokenizer]:
         train = valid = None
         tokenizer = tokenizer or make_tokenizer(data.tokenizer, lambda: task.texts(""), model.vocab_size, special)
     elif task.pretrains:
-        folder, tokenizer = world.main_first(
-            lambda: prepare_tokens(data, model.vocab_size, tokenizer, settings.given, special)
-        )
+        asked = data, model.vocab_size, tokenizer, settings.given, special
+        folder, tokenizer = world.main_first(lambda: prepare_tokens(*asked))
         train, valid = folder.train, folder.valid
     else:
         builtin = [name for name in task.files if not name.startswith(".")]
@@ -199,27 +193,27 @@ def open_task(settings: Settings, world: World) -> tuple[Task, Tokenizer]:
             raise UserError(f"--task {settings.job.task} needs --train FILE and --valid FILE")
         train, valid = data.train, data.valid
         tokenizer = tokenizer or make_tokenizer(data.tokenizer, lambda: task.texts(train), model.vocab_size, special)
-    opened = task(train, valid, tokenizer, model.max_len, training.seed, training.batch_size, settings.task_options)
-    return opened, tokenizer
+    settings.tokenizer = tokenizer
+    return task(train, valid, tokenizer, model.max_len, training.seed, training.batch_size, settings.task_options)
 
 
-def open_own_task(settings: Settings, world: World) -> tuple[Task, Tokenizer]:
+def open_own_task(settings: Settings, world: World) -> Task:
     """The task that the model of --init has learnt already: its classes have to be those of the data."""
-    task, tokenizer = open_task(settings, world)
+    task = open_task(settings, world)
     n, init = settings.model.n_classes, settings.job.init
     if len(task.labels) != n or (settings.labels and list(task.labels) != settings.labels):
         knows = ", ".join(settings.labels) or f"{n} classes without names"
         raise UserError(f"{settings.data.train} has the labels {', '.join(task.labels)}, but {init} knows {knows}")
-    return task, tokenizer
+    return task
 
 
-def make_model(settings: Settings, task: Task, tokenizer: Tokenizer) -> Model:
+def make_model(settings: Settings, task: Task) -> Model:
     """The model with the heads that the task needs, its weights fresh from the seed or those of --init."""
-    heads = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.metadata.get("head")} | task.heads()
+    heads = {f.name: f.default for f in fields(ModelConfig) if f.metadata.get("head")} | task.heads()
     if not settings.source:
-        heads["vocab_size"] = tokenizer.vocab_size
-    settings.model = dataclasses.replace(settings.model, **heads)
-    runs.check_vocabulary(settings.model, tokenizer, settings.job.init or settings.data.tokenizer)
+        heads["vocab_size"] = settings.tokenizer.vocab_size
+    settings.model = replace(settings.model, **heads)
+    runs.check_vocabulary(settings.model, settings.tokenizer, settings.job.init or settings.data.tokenizer)
     torch.manual_seed(settings.train.seed)
     model = runs.MODELS[settings.kind](settings.model)
     if settings.quant:
@@ -232,20 +226,12 @@ def make_model(settings: Settings, task: Task, tokenizer: Tokenizer) -> Model:
 
 def learn(settings: Settings, world: World) -> None:
     """The whole story of a training."""
-    task, tokenizer = open_task(settings, world)  # text -> tokens -> the examples of each step
-    model = make_model(settings, task, tokenizer)
-    train_run(settings, model, task, tokenizer, world)
+    task = open_task(settings, world)  # text -> tokens -> the examples of each step
+    train_run(settings, make_model(settings, task), task, world)
 
 
 def train_run(
-    settings: Settings,
-    model: Model,
-    task: Task,
-    tokenizer: Tokenizer,
-    world: World,
-    objective: object = None,
-    methods: Sequence = (),
-    best_from: int = 0,
+    settings: Settings, model: Model, task: Task, world: World, objective: object = None, methods: Sequence = ()
 ) -> None:
     """Trains in the run's folder, new or going on, and says how it went. The rest is as train() takes it."""
     s = settings
@@ -255,7 +241,7 @@ def train_run(
     )  # fmt: skip
     task.check(model)
     out = Path(s.job.out)
-    locked = world.main_first(lambda: runs.claim(out, config, tokenizer, s.job.overwrite, world.main))
+    locked = world.main_first(lambda: runs.claim(out, config, s.tokenizer, s.job.overwrite, world.main))
     result = read_result(out)
     if result:
         world.say(f"{out} is finished already: --overwrite true trains it anew, another --out trains another")
@@ -263,7 +249,7 @@ def train_run(
         world.say(prologue(model, task, world))
         if sparse.masks_of(model) and not methods:
             methods = [sparse.HoldMasks(model)]
-        result = train(model, task, s.train, s.optim, out, world, objective, methods, best_from)
+        result = train(model, task, s.train, s.optim, out, world, objective, methods)
 
     if world.main:
         print("\n" + epilogue(task, result))
@@ -281,13 +267,11 @@ def train_run(
 
 def prologue(model: Model, task: Task, world: World) -> str:
     c = model.config
-    shape = (
-        f"{type(model).__name__} with {model.num_params():,} parameters: {c.n_layers} layers, d_model {c.d_model}, "
-        f"max_len {c.max_len}, vocabulary {c.vocab_size:,}"
-    )
+    shape = f"{c.n_layers} layers, d_model {c.d_model}, max_len {c.max_len}, vocabulary {c.vocab_size:,}"
+    name = f"{type(model).__name__} with {model.num_params():,} parameters"
     processes = f"{world.size} process{'es' * (world.size > 1)} on {world.device}"
     notes = [f"note: {note}" for note in task.notes]
-    return "\n".join([*notes, shape, f"{task.n:,} training examples; {processes}"])
+    return "\n".join([*notes, f"{name}: {shape}", f"{task.n:,} training examples; {processes}"])
 
 
 def epilogue(task: Task, result: dict) -> str:

@@ -11,10 +11,10 @@ from conftest import last_json, metrics
 
 from mini import GPT, Bert, ModelConfig, load_run
 from mini.compression import distill
-from mini.compression.activations import QKV, recording
+from mini.compression.activations import recording
 from mini.compression.distill import DistillConfig
 from mini.compression.shrink import without_layers
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.model.transformer import View, attend_reference
 from mini.presets import ENCODER, MODERN
 from mini.storage import load_tensors
@@ -94,17 +94,17 @@ def test_soft_targets_is_hintons_equation():
 def test_attention_and_relations_by_hand():
     g = torch.Generator().manual_seed(0)
     B, H, T, D = 2, 2, 4, 3
-    a, b = (QKV(*torch.randn(3, B, H, T, D, generator=g)) for _ in range(2))
+    a, b = (tuple(torch.randn(3, B, H, T, D, generator=g)) for _ in range(2))
     lengths = [4, 2]
     real = torch.arange(T) < torch.tensor(lengths)[:, None]
     visible = (real[:, None, :] & torch.ones(T, T, dtype=torch.bool).tril()).clone()
     error = divergence = 0.0
-    joined = [x.v.transpose(1, 2).reshape(B, T, 3, 2) for x in (a, b)]  # three heads of two, of two of three
+    joined = [x[2].transpose(1, 2).reshape(B, T, 3, 2) for x in (a, b)]  # three heads of two, of two of three
     for n in range(B):
         for t in range(lengths[n]):
             keys = range(t + 1)
             for h in range(H):
-                s, u = ([float(x.q[n, h, t] @ x.k[n, h, j]) / math.sqrt(D) for j in keys] for x in (a, b))
+                s, u = ([float(x[0][n, h, t] @ x[1][n, h, j]) / math.sqrt(D) for j in keys] for x in (a, b))
                 error += sum((x - y) ** 2 for x, y in zip(s, u, strict=True)) / len(s) / H
             for h in range(3):
                 s, u = (
@@ -113,7 +113,7 @@ def test_attention_and_relations_by_hand():
                 )
                 divergence += float((u * (u / s).log()).sum()) / 3
     assert float(distill.attention_error(a, b, visible, real)) == pytest.approx(error, rel=1e-4)
-    assert float(distill.relation_error(a.v, b.v, 3, visible, real)) == pytest.approx(divergence, rel=1e-4)
+    assert float(distill.relation_error(a[2], b[2], 3, visible, real)) == pytest.approx(divergence, rel=1e-4)
 
 
 @pytest.mark.parametrize("settings", WAYS)
@@ -130,8 +130,8 @@ def test_observed_is_what_was_computed(settings):
     handle.remove()
     assert all(torch.equal(plain[name], watched[name]) for name in plain)
     assert len(seen.hidden) == 5 and len(seen.attention) == 4 and len(inside) == 2
-    x = seen.attention[1]
-    y = attend_reference(x.q, x.k, x.v, View(model.config.causal, seen.real), 0.0).transpose(1, 2).flatten(2)
+    q, k, v = seen.attention[1]
+    y = attend_reference(q, k, v, View(model.config.causal, seen.real), 0.0).transpose(1, 2).flatten(2)
     torch.testing.assert_close(y[seen.real], inside[0][seen.real], atol=1e-5, rtol=1e-4)
     assert model.stack.blocks[1].attention.attend.__name__.startswith("attend")  # put back
 

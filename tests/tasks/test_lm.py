@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from mini.errors import UserError
+from mini.flags import UserError
 from mini.tasks.base import IGNORE
 from mini.tasks.lm import LanguageModelling
 from mini.tasks.order import permute, shuffled
-from mini.text.prepare import DataConfig, prepare_tokens
+from mini.text.corpus import DataConfig
 from mini.text.tokenizer_base import ByteTokenizer
-from mini.text.tokens import TokenFile
+from mini.text.tokens import TokenFile, prepare_tokens
 
 TOKENIZER = ByteTokenizer()
 EOT = TOKENIZER.eot

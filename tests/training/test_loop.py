@@ -152,7 +152,7 @@ def test_overwrite_begins_anew(dropout_run, tmp_path, command):
 
 def test_ranks_and_accumulation_change_nothing(text_file, tmp_path, command):
     """1 rank x 4 parts, 2 x 2 and 4 x 1 train the same model, dropout included; so does one big batch without it."""
-    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--dtype", "float32", "--steps", 50, "--checkpoint_every", 0]
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--dtype", "float32", "--steps", 15, "--checkpoint_every", 0]
     losses, results = {}, {}
     for ranks, parts, dropout in ((1, 4, 0.1), (2, 2, 0.1), (4, 1, 0.1), (1, 1, 0.0), (1, 2, 0.0)):
         out = tmp_path / f"{ranks}x{parts}-{dropout}"
@@ -171,7 +171,7 @@ def test_ranks_and_accumulation_change_nothing(text_file, tmp_path, command):
 def test_torchrun_goes_on_from_a_checkpoint(text_file, tmp_path, command):
     flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 12, "--checkpoint_every", 5]
     command(*flags, "--out", tmp_path / "whole", torchrun=2)
-    command(*flags, "--out", tmp_path / "run", torchrun=2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
     for name in ("model.safetensors", "result.json"):
         (tmp_path / "run" / name).unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000010")
