@@ -24,7 +24,7 @@ from mini.tasks.classify import ClassifyConfig
 from mini.tasks.inputs import cut_note, masked_ids, pad, pad_texts, text_ids
 from mini.tasks.masked import show_token
 from mini.text.corpus import DataConfig
-from mini.text.rows import read_rows
+from mini.text.rows import read_rows, text_columns
 from mini.text.tokenizer import Tokenizer
 from mini.text.tokens import is_token_folder, write_token_folder
 from mini.text.words import NORMALIZATIONS, normalize, parse_steps
@@ -69,6 +69,8 @@ def sample(argv: list[str]) -> None:
     for prompt, row in zip(options.prompts, rows, strict=True):
         if not row:
             raise UserError(f"the prompt {prompt!r} has no tokens: give at least one character")
+        if len(row) > (most := model.config.max_len):
+            warn([f"{prompt[:40]!r}: of its {len(row):,} tokens only the last {most} are seen"])
     stop = [] if tokenizer.eot is None else [tokenizer.eot]
     if options.stop is not None:
         ids = tokenizer.encode(options.stop)
@@ -132,7 +134,8 @@ def classify(argv: list[str]) -> None:
 def read_texts(given: list[str]) -> list[list[str]]:
     """The texts of the command line, or of the rows of a file that it names: each alone, or a pair."""
     if len(given) == 1 and Path(given[0]).suffix in TABLES:
-        return [list(row.values()) for _, row in read_rows(given[0], ["text"], ("text_b",))]
+        rows = read_rows(given[0], ["text"], ("text_b",))
+        return [[row[name] for name in text_columns(rows)] for _, row in rows]
     for text in given:
         if not text.strip():
             raise UserError("a text is empty: there is nothing to tell")

@@ -1,7 +1,6 @@
 """The project's own side of its speed figures, measured by running the real loop and the real generate()."""
 
 import json
-import resource
 import statistics
 import tempfile
 import time
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from mini.compression.distill import RECIPES, Distillation, DistillConfig, make_student
+from mini.compression.report import memory
 from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
@@ -101,13 +101,13 @@ def training(options: BenchOptions, config: ModelConfig, world: World) -> dict:
 
 def training_speed(options: BenchOptions, task: Task, model: Model, world: World, objective: object = None) -> tuple:
     """Medians of the loop's own log lines after the warm-up: tokens/s, share of the device's matmul speed."""
-    training = TrainConfig(
+    loop = TrainConfig(
         steps=options.steps, batch_size=options.batch_size, device=options.device, dtype=options.dtype,
         compile=options.compile, eval_every=0, sample_every=0, checkpoint_every=0, log_every=5,
     )  # fmt: skip
     optim = OptimConfig(optimizer=options.optimizer, lr=1e-3)
     with tempfile.TemporaryDirectory() as folder:
-        train(model, task, training, optim, Path(folder), world, objective)
+        train(model, task, loop, optim, Path(folder), world, objective)
         rows = [row for row in read_metrics(Path(folder)) if row["step"] > options.steps // 4]
     return tuple(statistics.median(row.get(name, 0) for row in rows) for name in ("tokens_per_s", "mfu"))
 
@@ -170,5 +170,5 @@ def tokenization(options: BenchOptions, config: ModelConfig, world: World) -> di
     return {
         "bpe_training_seconds": trained - start,
         "encoding_mb_per_s": (train_split.n_bytes + valid_split.n_bytes) / 1e6 / seconds,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,  # Linux counts in KiB
+        "peak_memory_mb": memory(torch.device("cpu")),
     }

@@ -42,7 +42,8 @@ def option(default, help: str, choices: tuple[str, ...] = (), low: float = -math
 def check(config) -> None:
     """Raises UserError for a value outside its field's choices or bounds; nan is outside of all."""
     for f in dataclasses.fields(config):
-        value, (choices, low, high) = getattr(config, f.name), (f.metadata[k] for k in ("choices", "low", "high"))
+        value, choices = getattr(config, f.name), f.metadata.get("choices", ())
+        low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
         if choices and value not in choices:
             raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}{nearest(str(value), choices)}")
         for number in value if isinstance(value, list) else [value]:

@@ -23,8 +23,7 @@ GPT_PRESETS: dict[str, dict] = {
     "gpt2-large": dict(GPT2, n_layers=36, n_heads=20, d_model=1280, lr=2.5e-4),
     "gpt2-xl": dict(GPT2, n_layers=48, n_heads=25, d_model=1600, lr=2e-4),
 }  # fmt: skip
-# What makes a stack of blocks an encoder.
-ENCODER = dict(causal=False, n_segments=2)
+ENCODER = dict(causal=False, n_segments=2)  # what makes a stack of blocks one
 # BERT's ways (Devlin et al. 2019, appendix A.2); the small sizes are those of Turc et al. 2019.
 BERT = dict(ENCODER, norm_place="post", norm_eps=1e-12, activation="gelu", dropout=0.1, max_len=512, vocab_size=30522,
             optimizer="adamw", lr=1e-4, beta2=0.999, weight_decay=0.01, schedule="linear", warmup=0.01, batch_size=256,

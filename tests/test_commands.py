@@ -44,13 +44,15 @@ def test_sample(run, command):
     assert greedy[0] == greedy[1] and greedy[0].startswith("The cat") and len(greedy[0]) > 20
     several = command("-m", "mini", "sample", run, "The cat", "A dog ran", "--temperature", 0, "--max_new_tokens", 40)
     assert several.stdout.startswith(greedy[0].rstrip("\n")) and "\nA dog ran" in several.stdout
+    long = command("-m", "mini", "sample", run, "The cat " * 20, "--max_new_tokens", 1).stderr
+    assert "of its 160 tokens only the last 32 are seen" in long
     drawn = [command("-m", "mini", "sample", run, "The", "--seed", seed).stdout for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_classify(run, labelled, tmp_path, command):
     flags = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv", "--out", tmp_path / "c"]
-    more = ["--epochs", 6, "--lr", 3e-3, "--device", "cpu"]
+    more = ["--epochs", 6, "--lr", 3e-3, "--device", "cpu", "--dtype", "float32"]  # as the command classifies
     done = command("train_gpt.py", "--task", "classify", "--init", run, *flags, *more)
     result = last_json(done)
     assert set(result["classes"]) == {"good", "bad"} and result["classes"]["good"]["n"] == 6
@@ -60,6 +62,9 @@ def test_classify(run, labelled, tmp_path, command):
     truth = [line.split("\t")[1] for line in (labelled / "valid.tsv").read_text().splitlines()[1:]]
     hits = [row.split("\t")[0] == label for row, label in zip(rows[1:], truth, strict=True)]
     assert result["accuracy"] == sum(hits) / 12 == sum(result["confusion"][i][i] for i in (0, 1)) / 12
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text('{"text": "a", "text_b": "b"}\n{"text": "c"}\n')
+    assert "unlike in" in command("-m", "mini", "classify", tmp_path / "c", mixed, status=2).stderr
     refused = command("-m", "mini", "classify", run, "text", status=2)
     assert "is not a classifier" in refused.stderr
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini.compression.activations import Activations, recording
-from mini.compression.shrink import chosen_layers, without_layers
+from mini.compression.shrink import chosen_layers, spread, without_layers
 from mini.compression.teacher_cache import TeacherCache, merged_soft_targets
 from mini.flags import Checked, UserError, option
 from mini.model.bert import NEVER
@@ -39,7 +39,7 @@ from mini.model.config import ModelConfig
 from mini.model.transformer import Model, draw
 from mini.tasks.base import Batch, Task
 
-# What a student learns, and how much each counts: as in the papers; minilm has the labels beside, for the head.
+# Loss and weight: distilbert's are its published code's, tinybert's those of §3.1; minilm has labels too, for the head.
 LOSSES = ("soft", "cosine", "embedding", "hidden", "attention", "relations")  # beside "hard", the task's own
 RECIPES = {
     "hinton": dict(soft=0.5, hard=0.5),
@@ -58,7 +58,7 @@ class DistillConfig(Checked):
     """Who learns, and what of its teacher; the weight of a loss is the recipe's, if no flag gives it."""
 
     recipe: str = option("hinton", "losses and weights of these papers", tuple(RECIPES))
-    student: str = option("distilbert", "half the layers; tinybert4: 1/3, 0.41 as wide; minilm6: half", (*STUDENTS,))
+    student: str = option("distilbert", "half as deep; minilm6: and as wide; tinybert4: 1/3, 0.41 wide", (*STUDENTS,))
     n_layers: int = option(0, "of the student; 0: as its size has", low=0)
     n_heads: int = option(0, "of the student; 0: as the teacher has", low=0)
     d_model: int = option(0, "of the student; 0: as its size has", low=0)
@@ -67,7 +67,7 @@ class DistillConfig(Checked):
         "auto", "random, or the teacher's layers: uniform, first, last, 0,2,4; auto: uniform, if they fit"
     )
     init: str | None = option(None, "a run that the student goes on from, instead of --student and --start")
-    general: str | None = option(None, "tinybert: the pretrained run that its first step distils, with its settings")
+    general: str | None = option(None, "tinybert: pretrained run of step 1, with its settings but --data, --seed")
     general_steps: int = option(0, "tinybert: of its first step; 0: as many as that run had", low=0)
     copies: int = option(4, "tinybert: of each labelled text, with other words by the pretrained BERT", low=0)
     layer_map: str = option("uniform", "who learns from whom: uniform, last, first, or teacher:student, like 0:0,2:1")
@@ -220,15 +220,15 @@ def student_config(teacher: ModelConfig, options: DistillConfig) -> ModelConfig:
     step = 2 * n_heads  # each head gets an even width, as RoPE needs
     d_model = options.d_model or max(step, round(width * teacher.d_model / step) * step)
     d_ff = options.d_ff or round(teacher.d_ff * d_model / teacher.d_model)  # 0 stays: it follows d_model
-    alike = (d_model, n_heads) == (teacher.d_model, teacher.n_heads)
-    heads = {} if alike else dict(d_head=0, n_kv_heads=0)
-    return replace(teacher, n_layers=n_layers, n_heads=n_heads, d_model=d_model, d_ff=d_ff, **heads)
+    heads = {} if (d_model, n_heads) == (teacher.d_model, teacher.n_heads) else dict(d_head=0, n_kv_heads=0)
+    layers = teacher.of_layers(spread(n_layers, teacher.n_layers))  # what else differs between layers
+    return replace(layers, n_heads=n_heads, d_model=d_model, d_ff=d_ff, **heads)
 
 
 def first_layers(teacher: ModelConfig, options: DistillConfig) -> list[int] | None:
     """The teacher's layers that a student begins with, their masks included; None where it begins at random."""
     student, n = student_config(teacher, options), teacher.n_layers
-    alike = student.n_layers <= n and replace(student, n_layers=n) == teacher
+    alike = student.n_layers <= n and student == teacher.of_layers(spread(student.n_layers, n))
     if options.start == "random" or (options.start == "auto" and not alike):
         return None
     if not alike:
@@ -255,7 +255,8 @@ class Distillation:
         self.task, self.teacher, self.options = task, teacher.eval().requires_grad_(False), options
         weights = options.weights()
         self.losses = [name for name in LOSSES if weights[name]]
-        self.default_weight = hard = weights["hard"]  # of the task's own losses
+        hard = weights["hard"]
+        self.default_weight = hard * task.default_weight  # of the task's own losses
         self.loss_weights = {name: hard * weight for name, weight in task.loss_weights.items()}
         self.loss_weights |= {name: weights[name] for name in self.losses}
         self.best = task.best if hard or weights["soft"] else None  # else the head learns nothing
@@ -263,6 +264,10 @@ class Distillation:
         self.cache = None
         if options.cache and "soft" in self.losses:
             self.cache = TeacherCache(options.cache, teacher, options.top_k, options.temperature)
+        if type(task).loss is not Task.loss:
+            raise UserError(
+                "this task has a loss() of its own, which no teacher can be added to: give it losses() instead"
+            )
         widths = student.config.d_model, teacher.config.d_model
         for name in PROJECTED:  # W of TinyBERT's eq. 8 and 9
             if name in self.losses and widths[0] != widths[1]:
@@ -322,9 +327,9 @@ class Distillation:
             states = [final.get((m, t), (mine.hidden[m + 1], theirs.hidden[t + 1])) for m, t in pairs]
             return sum(squared_error(*both(x, y)) for x, y in states)
         T = real.size(1)
-        visible = real[:, None, :].expand(-1, T, -1)  # (B, T, T)
+        visible = real.new_ones(len(real), T, T)
         if (mask := mine.view.mask(T, T, real.device)) is not None:
-            visible = visible & mask[:, 0]
+            visible = visible & mask[:, 0]  # (B, T, T)
         if name == "attention":
             return sum(attention_error(mine.attention[m], theirs.attention[t], visible, real) for m, t in pairs)
         m, t = pairs[-1]  # one layer of each, with --layer_map last or uniform the last

@@ -20,6 +20,7 @@ from mini.flags import Checked, UserError, option
 from mini.model.sparse import HoldMasks, masks_of, prunable, set_masks, sparsity
 from mini.model.transformer import Linear, Model
 
+METHODS = ("magnitude", "random", "wanda", "gradient")
 RAMP = 2 / 3  # the share of the steps in which a cubic schedule prunes; in the rest the model recovers
 
 
@@ -28,7 +29,7 @@ class PruneConfig(Checked):
     """What is taken out of a model, and how it is chosen."""
 
     sparsity: float = option(0.5, "share of the weights, heads or neurons that goes", low=0)
-    method: str = option("magnitude", "the judge; gradient: of units", ("magnitude", "random", "wanda", "gradient"))
+    method: str = option("magnitude", "how they are judged; gradient: heads, neurons only", METHODS)
     scope: str = option("layer", "compared within a layer, or all with each other", ("layer", "global"))
     pattern: str = option("unstructured", "single weights; N:M, of M inputs N stay, such as 2:4; heads; neurons")
     schedule: str = option("oneshot", "all at once, or more and more of them while training", ("oneshot", "cubic"))
@@ -163,13 +164,11 @@ class CubicPruning(HoldMasks):
         super().__init__(model)
         self.options, self.seed = options, seed
 
-    def after_step(self, done: int, steps: int) -> None:
+    def after_step(self, done: int, steps: int) -> bool:
         ramp = ramp_end(steps)
         if done <= ramp and (done % max(1, ramp // 50) == 0 or done == ramp):
             wanted = cubic(done / ramp, self.options.sparsity, self.options.first)
             prune(self.model, self.options, max(sparsity(self.model), wanted), self.seed)
         else:
             super().after_step(done, steps)
-
-    def settled(self, done: int, steps: int) -> bool:
-        return done >= ramp_end(steps)
+        return done >= ramp  # before that, no weights are the best

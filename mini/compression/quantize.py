@@ -14,6 +14,7 @@ from mini.flags import Checked, UserError, option
 from mini.model.int8 import affine, matrices, quantize
 from mini.model.transformer import Model
 
+SCHEMES = ("dynamic", "static", "qat")
 SAMPLE = 2**14  # values that an observer keeps of each batch
 
 
@@ -21,7 +22,7 @@ SAMPLE = 2**14  # values that an observer keeps of each batch
 class QuantConfig(Checked):
     """Int8 weights, and how what is multiplied with them is quantized."""
 
-    scheme: str = option("dynamic", "scales of each token; found before; and trained", ("dynamic", "static", "qat"))
+    scheme: str = option("dynamic", "inputs' scales: each token's; fixed before; fixed, weights trained", SCHEMES)
     observer: str = option("minmax", "how static and qat find the fixed ranges", ("minmax", "ema", "percentile", "mse"))
     calibrate: int = option(256, "training examples that static and qat look at for it", low=0)
 

@@ -4,10 +4,10 @@ import gc
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ BUSY = 2.0  # the slowest tenth of the times of one measurement over the fastest
 LEGEND = (
     "MB: on disk, as stored, or as this form would be. torch-int8: PyTorch's own quantize_dynamic of the first run. "
     "int8, bf16: int8 matrices, the rest in bfloat16. Nonzeros: parameters that are not masked. Times: medians of "
-    "forward passes of (batch, tokens); (1, 1) is a further token. Memory: the most held beside what it began with. "
+    "forward passes of (batch, tokens); (1, 1) is a further token. Memory: the most held beside what was held before. "
     "Change, largest difference: to the first row, where both are judged on the same data; the latter of outputs for "
     "8 of its texts. Speed: zeros in dense matrices, or int8 without int8 products, make nothing faster: simulated."
 )
@@ -93,10 +93,11 @@ def in_own_process(run: str, form: str, outputs: Path, options: ReportOptions) -
         how = options.compile, options.repeats, options.device
         try:
             return process.submit(measure, run, form, outputs, *how).result()
-        except Exception as error:  # what another process fails of, out of memory say, is one line too
+        except Exception as error:  # whatever another process fails of is one line
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if form != "torch-int8":  # which not every version of PyTorch has
-                raise UserError(f"{run}: it could not be measured ({error})") from None
-            tqdm.write(f"{run} as {form}: not measured ({error})")
+                raise UserError(f"{run}: it could not be measured ({reason})") from None
+            tqdm.write(f"{run} as {form}: not measured ({reason})")
             return None
 
 
@@ -182,6 +183,7 @@ def measure(run: str, form: str, outputs: Path, compile: bool, repeats: int, dev
 
     form: "saved", as it is; "bf16", whatever of it is float32 in bfloat16; "torch-int8", torch's own dynamic int8.
     """
+    warnings.simplefilter("ignore")  # of this process alone
     world = World(device)
     empty = memory(world.device)
     settings = open_run(run)
@@ -200,7 +202,7 @@ def measure(run: str, form: str, outputs: Path, compile: bool, repeats: int, dev
     memory(world.device)  # loading does not count
     keep_memory()
     with torch.inference_mode():
-        figures |= speed(model, repeats, compiled, world.device)
+        figures |= latencies(model, repeats, compiled, world.device)
     figures["memory_mb"] = memory(world.device) - empty
     task = open_own_task(settings, world)
     judged = evaluate(model, task, world, torch.float32, 8)
@@ -243,7 +245,7 @@ def torch_int8(model: Model) -> Model:
     return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
-def speed(model: Model, repeats: int, compiled: bool, device: torch.device) -> dict:
+def latencies(model: Model, repeats: int, compiled: bool, device: torch.device) -> dict:
     """p50 latencies in ms: of (1, T) and (8, T) tokens, T = 128 or max_len, and of a GPT's next token.
 
     spread: the largest ratio of the slowest tenth to the fastest of one of these; near 1 on an idle machine.
@@ -294,5 +296,7 @@ def memory(device: torch.device) -> float:
         Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
         return int(status.split("VmHWM:")[1].split()[0]) / 1000
     except (OSError, IndexError):  # not Linux: the peak since the process began
+        import resource  # which Windows has not
+
         unit = 1e6 if sys.platform == "darwin" else 1e3
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -31,7 +31,7 @@ class ReduceConfig(Checked):
 
     keep: str = option("", "the layers that stay, counted from 0, such as 0,2,4,7,9,11")
     layers: int = option(0, "or how many", low=0)
-    by: str = option("uniform", "influence: those that change most", ("uniform", "first", "last", "influence"))
+    by: str = option("uniform", "influence: that change their input most", ("uniform", "first", "last", "influence"))
     calibrate: int = option(256, "training examples that influence looks at", low=1)
 
 
@@ -164,15 +164,14 @@ def without_units(model: Model, units: str, alive: list[Tensor]) -> Model:
 # ---------------------------------------------------------------- layers
 def without_layers(model: Model, keep: list[int]) -> Model:
     """The model with only these of its blocks, in this order."""
-    config, tensors = model.config, {}
+    tensors = {}
     for name, tensor in every_tensor(model).items():
         block = re.match(r"((?:masks\.)?stack[./]blocks[./])(\d+)([./].*)", name)
         if not block:
             tensors[name] = tensor
         elif int(block[2]) in keep:
             tensors[f"{block[1]}{keep.index(int(block[2]))}{block[3]}"] = tensor
-    changes = {name: [value[i] for i in keep] for name, value in vars(config).items() if isinstance(value, list)}
-    return rebuilt(model, replace(config, n_layers=len(keep), **changes), tensors)
+    return rebuilt(model, model.config.of_layers(keep), tensors)
 
 
 def influence(model: Model, examples: Examples) -> list[float]:

@@ -13,7 +13,6 @@ from mini.flags import Checked, UserError, field_names, option, parse_flags, pee
 from mini.model.transformer import Model
 from mini.tasks.base import Task
 from mini.text.corpus import DataConfig
-from mini.training import runs
 from mini.training.checkpoints import read_result
 from mini.training.devices import World
 from mini.training.loop import TrainConfig, describe
@@ -24,8 +23,7 @@ from mini.training.start import Settings, check_length, open_run, other_optimize
 HEAL_LR = 0.3
 HEAL = dict(steps=0, epochs=0.0, schedule="linear", warmup=0.05, min_lr=0.0, eval_every=0, sample_every=0,
             checkpoint_every=250)  # fmt: skip
-SHOWN = ("val_loss", "val_bpb", "mlm_accuracy", "nsp_accuracy", "accuracy", "exact_match", "f1")  # of the run before
-CALIBRATION_BATCH = 32
+NOT_SHOWN = ("seconds", "tokens_per_s", "mfu", "sparsity")  # of the run before
 
 
 @dataclass
@@ -85,14 +83,13 @@ def refuse_int8(s: Settings, what: str) -> None:
 def calibration(task: Task, n: int) -> Examples:
     """The first n training examples."""
     n = min(n, task.n)
-    batches = [task.batch(np.arange(i, min(i + CALIBRATION_BATCH, n))) for i in range(0, n, CALIBRATION_BATCH)]
-    return Examples(task, batches)
+    return Examples(task, [task.batch(np.arange(i, min(i + 32, n))) for i in range(0, n, 32)])
 
 
 def run_compressed(s: Settings, model: Model, task: Task, world: World, methods: Sequence = ()) -> None:
     """Trains what compress.py has made of a run, and says how good that run was."""
-    known = {} if runs.is_published(s.job.init) else read_result(Path(s.job.init)) or {}
-    before = {name: value for name, value in known.items() if name in SHOWN}
+    known = read_result(Path(s.job.init)) or {}  # of published weights nothing
+    before = {name: value for name, value in known.items() if name not in NOT_SHOWN}
     world.say(f"Before, {s.job.init}: {describe(before)}" if before else f"From {s.job.init}")
     s.model = model.config
     torch.manual_seed(s.train.seed)

@@ -22,7 +22,6 @@ from mini.training.devices import World, pick_dtype
 from mini.training.loop import describe, evaluate, micro_batch_size
 from mini.training.start import Settings, open_own_task, open_run, train_run
 
-EVALUATION_BATCH = 32
 STUDENT = ("student", "start", "n_layers", "n_heads", "d_model", "d_ff")  # flags that say what the student is
 INSIDE = (*STUDENT, "layer_map", "embedding", "hidden", "attention")  # what TinyBERT's first and third step read
 
@@ -106,7 +105,7 @@ def examine(s: Settings, task: Task, world: World) -> None:
     if not runs.is_published(s.job.init) and not checkpoints.read_result(Path(s.job.init)):
         world.say(f"note: {s.job.init} is unfinished")
     dtype = pick_dtype(s.train.dtype, world.device)
-    figures = evaluate(s.source.to(world.device), task, world, dtype, EVALUATION_BATCH, s.train.eval_tokens)
+    figures = evaluate(s.source.to(world.device), task, world, dtype, 32, s.train.eval_tokens)
     s.source.eval()
     world.say(f"The teacher: {describe(figures)}")
     if not task.beats_chance(figures):

@@ -1,6 +1,7 @@
 """What a model is: a GPT and a BERT differ in these values only."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from mini.flags import Checked, UserError, option
 
@@ -11,7 +12,7 @@ class ModelConfig(Checked):
 
     n_layers: int = option(6, "number of blocks", low=1, fixed=True)
     n_heads: int | list[int] = option(6, "attention heads; one number, or one for each layer: 6,6,4", low=1, fixed=True)
-    n_kv_heads: int = option(0, "key/value heads, each of n_heads / n_kv_heads queries; 0: n_heads", low=0, fixed=True)
+    n_kv_heads: int = option(0, "key/value heads, each for n_heads / n_kv_heads queries; 0: n_heads", low=0, fixed=True)
     d_model: int = option(384, "width of the residual stream (C)", low=1, fixed=True)
     d_head: int = option(0, "width of a head (D); 0: d_model / n_heads", low=0, fixed=True)
     d_ff: int | list[int] = option(0, "hidden width of the MLP, or one for each layer; 0: 4 d_model", low=0, fixed=True)
@@ -23,7 +24,7 @@ class ModelConfig(Checked):
     norm_eps: float = option(1e-5, "epsilon of the normalisation", low=0)
     positions: str = option("learned", "position encoding", ("learned", "rope", "sinusoidal", "none"))
     rope_base: float = option(10000.0, "longest wavelength of RoPE, divided by 2 pi, in tokens", low=1)
-    activation: str = option("gelu_tanh", "of the MLP", ("gelu", "gelu_tanh", "relu2", "swiglu"), fixed=True)
+    activation: str = option("gelu_tanh", "the MLP's function", ("gelu", "gelu_tanh", "relu2", "swiglu"), fixed=True)
     value_embeddings: bool = option(False, "a table of each layer adds to a token's values", fixed=True)
     qk_norm: bool = option(False, "normalise each query and key head (RMS) before their product")
     bias: bool = option(True, "biases in linear layers and LayerNorms", fixed=True)
@@ -31,7 +32,7 @@ class ModelConfig(Checked):
     zero_init: bool = option(False, "start the residual projections (and an untied head) at zero")
     logit_softcap: float = option(0.0, "c tanh(logits / c); 0: off", low=0)
     dropout: float = option(0.0, "dropout of embeddings, attention weights and sublayer outputs", low=0, high=0.99)
-    attention: str = option("auto", "the equations, the fused call, or the faster", ("auto", "reference", "fused"))
+    attention: str = option("auto", "the faster, the equations, or the fused call", ("auto", "reference", "fused"))
     n_segments: int = option(0, "segment embeddings, of which BERT has 2; 0: none", low=0, fixed=True)
     causal: bool = option(True, "a token sees only itself and what is before it", flag=False)
     n_classes: int = option(0, "classes of a classification head; 0: none", low=0, flag=False, head=True)
@@ -68,6 +69,11 @@ class ModelConfig(Checked):
             gated = (8 * self.d_model // 3 + 63) // 64 * 64
             values = [d or (gated if self.activation == "swiglu" else 4 * self.d_model) for d in values]
         return values
+
+    def of_layers(self, keep: Sequence[int]) -> "ModelConfig":
+        """The config of a model with only these layers: of each list their values."""
+        lists = {name: [value[i] for i in keep] for name, value in vars(self).items() if isinstance(value, list)}
+        return replace(self, n_layers=len(keep), **lists)
 
     @property
     def n_rows(self) -> int:

@@ -29,7 +29,7 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor | float = 0.0, low: int = -1
     """round(x / scale + zero), within low..127, as floats.
 
     The gradient passes straight through the rounding, but is zero for values that are cut off: there a small change of
-    x changes nothing (Bengio et al. 2013; Krishnamoorthi 2018, eq. 9), but not for the largest value, 127 ± a last bit.
+    x changes nothing (Bengio et al. 2013; Krishnamoorthi 2018, eq. 9). The largest value, 127 but for a bit, stays.
     """
     y = x / scale + zero
     if not torch.is_grad_enabled():

@@ -68,13 +68,6 @@ class HoldMasks:
         """Masked weights are zero again: an optimizer's momentum and Muon's mixing revive them."""
         hold(self.model)
 
-    def settled(self, done: int, steps: int) -> bool:
-        """Whether nothing more will be masked: before that, no weights are the best."""
-        return True
-
-    def figures(self) -> dict:
-        return {"sparsity": sparsity(self.model)}
-
 
 def set_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
     model.masks = Masks(masks)

@@ -140,7 +140,7 @@ class View:
 
     @property
     def only_causal(self) -> bool:
-        """Whether query t sees exactly the keys up to t. (A decoder pads at the right, where no real token looks.)"""
+        """Whether mask() is only that query t sees the keys up to t. (Padding at the right: none looks there.)"""
         return self.causal and self.positions is None
 
     def mask(self, T: int, S: int, device: torch.device) -> Tensor | None:

@@ -106,8 +106,7 @@ class FileTask(Task):
 
     @staticmethod
     def length(example: tuple) -> int:
-        """In tokens."""
-        return len(example[0])
+        return len(example[0])  # in tokens
 
     def batch(self, indices: np.ndarray) -> Batch:
         return self.collate([self.train[i] for i in self.order(indices)])

@@ -48,10 +48,7 @@ def classification_report(confusion: np.ndarray, names: list[str]) -> dict:
 
 
 def matthews(confusion: np.ndarray) -> float:
-    """Matthews correlation of any number of classes, -1..1 (R_K of Gorodkin 2004); 0 where it is undefined.
-
-    Undefined it is if all texts are of one class, or all are taken for one.
-    """
+    """Matthews correlation of any number of classes, -1..1 (R_K of Gorodkin 2004); 0 where all is one class."""
     total = float(confusion.sum())
     predicted, actual = confusion.sum(axis=0) / max(1, total), confusion.sum(axis=1) / max(1, total)
     covariance = confusion.trace() / max(1, total) - predicted @ actual

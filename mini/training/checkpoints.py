@@ -36,13 +36,14 @@ def served(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in storage.weights(model).items() if not name.startswith(LEARNING)}
 
 
-def save_model(model: nn.Module, folder: Path) -> int:
-    """The final weights in the form that is served: int8, and of masked matrices only what stays. Returns the bytes."""
+def save_model(model: nn.Module, folder: Path) -> dict:
+    """Writes the final weights as they are served: int8, of masked matrices what stays. Returns figures of that."""
+    figures = {"sparsity": sparse.sparsity(model)} if sparse.masks_of(model) else {}
     model.cpu()
     if int8.is_prepared(model):
         int8.convert(model)
     storage.save_tensors(folder / "model.safetensors", sparse.pack(served(model)))
-    return (folder / "model.safetensors").stat().st_size
+    return figures | {"bytes": (folder / "model.safetensors").stat().st_size}
 
 
 def read_result(folder: Path) -> dict | None:

@@ -49,8 +49,8 @@ class TrainConfig(Checked):
     accumulation: int = option(1, "parts into which each rank cuts its share of the batch", low=1, resume=True)
     seed: int = option(1, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: str = option("auto", "of products; auto: bfloat16 where it is in hardware", ("auto", "bfloat16", "float32"))
-    compile: str = option("auto", "auto: on GPUs; on CPUs it does not repeat to the bit", ("auto", "true", "false"))
+    dtype: str = option("auto", "of matrix products; auto: bfloat16 if in hardware", ("auto", "bfloat16", "float32"))
+    compile: str = option("auto", "torch.compile; auto: on GPUs (CPUs' sums would vary)", ("auto", "true", "false"))
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory")
     eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch", low=0)
     eval_tokens: int = option(0, "validation tokens that evaluations of lm before the last use; 0: all", low=0)
@@ -87,8 +87,8 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     """Trains to the end, from the newest checkpoint in folder if there is one; returns the final figures.
 
     objective: what is minimised, if not the task alone; it has a task's loss(), counts(), loss_weights, default_weight,
-    best and fixed_shape. methods: what acts beside the optimizer, with after_backward(), after_step(done, steps),
-    settled(done, steps), before which no weights count as the best, and figures(), which the result shows.
+    best and fixed_shape. methods: what acts beside the optimizer, such as a pruning schedule, with after_backward() and
+    after_step(done, steps), which returns False as long as no weights may count as the best.
     Writes metrics.jsonl, checkpoints, and at the end model.safetensors and result.json.
     Raises UserError where the loss stops being a number; SystemExit after SIGTERM or Ctrl-C, a checkpoint written.
     """
@@ -137,8 +137,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             done, last = step + 1, step + 1 == steps
-            for method in methods:
-                method.after_step(done, steps)
+            settled = False not in [method.after_step(done, steps) for method in methods]
             state |= {"step": done, "tokens": state["tokens"] + n_tokens}
             state["train_seconds"] += time.perf_counter() - clock
             bar.update()
@@ -156,7 +155,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
                         raise diverged(done, f"the validation loss is {figures['val_loss']}", done, folder)
                     row |= {name: value for name, value in figures.items() if isinstance(value, float)}
                     world.say(f"step {done:>{len(str(steps))}}: " + describe(figures))
-                    if objective.best and all(method.settled(done, steps) for method in methods):
+                    if objective.best and (last or settled):
                         keep_best(state, figures, objective.best, model, folder, world)
                 if world.main:
                     checkpoints.append_metrics(folder, row)
@@ -181,8 +180,6 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         **speed.overall(state), "seconds": time.perf_counter() - began, "parameters": model.num_params(),
         "device": str(world.device), "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
-    for method in methods:
-        result |= method.figures()
     if world.main:
         finish(model, result, folder)
     return result
@@ -207,7 +204,7 @@ def finish(model: nn.Module, result: dict, folder: Path) -> None:
     """Writes the final weights, the picture, and last result.json, with which the run counts as finished."""
     if (best := folder / "best.safetensors").exists():
         load_weights(model, load_tensors(best), folder)
-    result["bytes"] = checkpoints.save_model(model, folder)
+    result |= checkpoints.save_model(model, folder)
     plot_metrics(checkpoints.read_metrics(folder), folder / "loss.png")
     write_json(folder / "result.json", result)
     (folder / "best.safetensors").unlink(missing_ok=True)
@@ -286,8 +283,7 @@ def evaluate(model: nn.Module, task: Task, world: World, dtype: torch.dtype, bat
     """The task's figures on the whole validation set (or its first `limit` tokens), shared out over the ranks."""
     model.eval()
     sums: dict[str, Tensor] = {}
-    progress = progress_bar(desc="evaluating", leave=False, delay=2, disable=not world.main, unit="batch")
-    with progress:
+    with progress_bar(desc="evaluating", leave=False, delay=2, disable=not world.main, unit="batch") as progress:
         for i, batch in enumerate(task.validation(batch_size, limit)):
             mine = i % world.size == world.rank
             if not mine and i > 0:  # everybody computes the first: a rank without any still knows the sums' shapes

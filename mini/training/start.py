@@ -52,7 +52,7 @@ class Settings:
     task_options: object  # of the task's Config, or None
     given: set[str]  # names of the flags that were given
     source: Model | None = None  # the model of --init
-    tokenizer: Tokenizer | None = None  # its tokenizer
+    tokenizer: Tokenizer | None = None  # its tokenizer; once the task is open, that of the run
     labels: list[str] = field(default_factory=list)  # its classes
     quant: dict | None = None  # the form of its matrices
     compression: dict = field(default_factory=dict)  # what compress.py does: RunConfig's field -> settings
@@ -145,8 +145,8 @@ def open_run(source: str, tokenizer: str | None = None) -> Settings:
 
     tokenizer: which, for published weights that come without one.
     """
-    model, published = runs.load_model(source), runs.is_published(source)
-    saved = published_config(model, source) if published else runs.read_config(source)
+    model = runs.load_model(source)
+    saved = published_config(model, source) if runs.is_published(source) else runs.read_config(source)
     settings = Settings(
         saved.kind, Job(saved.task, source), model.config, saved.data, saved.optim, saved.train, saved.task_options,
         set(), model, labels=runs.read_labels(source), quant=saved.quant,
@@ -247,8 +247,8 @@ def train_run(
         world.say(f"{out} is finished already: --overwrite true trains it anew, another --out trains another")
     else:
         world.say(prologue(model, task, world))
-        if sparse.masks_of(model) and not methods:
-            methods = [sparse.HoldMasks(model)]
+        if sparse.masks_of(model) and not any(isinstance(method, sparse.HoldMasks) for method in methods):
+            methods = [*methods, sparse.HoldMasks(model)]
         result = train(model, task, s.train, s.optim, out, world, objective, methods)
 
     if world.main:

@@ -308,9 +308,16 @@ def test_each_loss_is_divided_by_what_it_is_a_sum_over():
 
 def test_the_task_keeps_its_own_weights():
     task = task_for(WAYS[3])
-    task.loss_weights = {"nsp": 0.25}
+    task.loss_weights, task.default_weight = {"nsp": 0.25}, 0.5
     mlm = distill.Distillation(task, make(WAYS[3]), make(WAYS[3]), DistillConfig(alpha=0.8))
-    assert mlm.loss_weights == {"soft": 0.8, "nsp": pytest.approx(0.05)} and mlm.default_weight == pytest.approx(0.2)
+    assert mlm.loss_weights == {"soft": 0.8, "nsp": pytest.approx(0.05)} and mlm.default_weight == pytest.approx(0.1)
+
+
+def test_a_loss_that_a_teacher_would_drop_is_refused(monkeypatch):
+    task = task_for(WAYS[0])
+    monkeypatch.setattr(type(task), "loss", lambda self, model, inputs: {})
+    with pytest.raises(UserError, match="losses"):
+        distill.Distillation(task, make(WAYS[0]), make(WAYS[0]), DistillConfig())
 
 
 def test_the_teacher_neither_drops_nor_learns():

@@ -50,6 +50,8 @@ def test_first_values_follow_seed_and_name():
 def test_who_sees_whom():
     causal = View(True).mask(3, 3, torch.device("cpu"))
     assert causal.shape == (1, 1, 3, 3) and torch.equal(causal[0, 0], torch.ones(3, 3).tril().bool())
+    assert View(True).only_causal and not View(False).only_causal  # just this is what the fused call is told
+    assert not View(True, positions=torch.tensor([[2], [0]])).only_causal
     real = torch.tensor([[True, True, False]])
     assert View(False, real).mask(3, 3, torch.device("cpu")).tolist() == [[[[True, True, False]]]]
     assert View(False).mask(3, 3, torch.device("cpu")) is None

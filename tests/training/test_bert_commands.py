@@ -61,7 +61,8 @@ def classifier(run, reviews, command, tmp_path_factory):
     out = tmp_path_factory.mktemp("classify") / "run"
     files = ["--train", reviews / "train.tsv", "--valid", reviews / "valid.tsv", "--normalize", "lower"]
     more = ["--epochs", 6, "--lr", 3e-3, "--augment", "swap,delete", "--class_weights", "balanced", "--out", out]
-    command("train_bert.py", "--task", "classify", "--init", run, *files, *more, "--device", "cpu")
+    more += ["--device", "cpu", "--dtype", "float32"]  # as the command classifies
+    command("train_bert.py", "--task", "classify", "--init", run, *files, *more)
     return out
 
 
@@ -250,8 +251,9 @@ def test_question_answering_on_pythons_documentation(command, tmp_path):
         accumulation = ["--accumulation", 1 if ranks else 2]
         done = command("train_bert.py", "--task", "qa", *shape, *more, *accumulation, "--out", out, torchrun=ranks)
         results.append(last_json(done))
-    for name in ("val_loss", "exact_match", "f1"):
-        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4)
+    assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], rel=1e-4)
+    for name in ("exact_match", "f1"):  # of spans that after two steps are all but tied
+        assert results[0][name] == pytest.approx(results[1][name], abs=0.02)
     assert "null_threshold" not in results[0]
 
 

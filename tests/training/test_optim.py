@@ -41,7 +41,8 @@ def test_orthogonalize_keeps_directions_and_evens_out_lengths(shape):
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)
     inside = U.mT @ X @ Vh.mT  # diagonal, if the singular vectors are kept
     diagonal = inside.diagonal(dim1=-2, dim2=-1)
-    assert 0.2 < float(diagonal.min()) and float(diagonal.max()) < 1.4
+    lengths = torch.linalg.svdvals(G) / (G @ G.mT).norm(dim=(-2, -1), keepdim=True)[..., 0].sqrt()
+    assert 0.65 < float(diagonal[lengths > 0.01].min()) and 0 < float(diagonal.min()) and float(diagonal.max()) < 1.25
     assert float((inside - torch.diag_embed(diagonal)).abs().max()) < 0.05
 
 
@@ -51,7 +52,7 @@ def test_orthogonalize_is_newton_schulz(shape):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     X = G.double() / G.double().norm(dim=(-2, -1), keepdim=True)
     X = X / (X @ X.mT).norm(dim=(-2, -1), keepdim=True).sqrt()
-    for _ in range(5):
+    for _ in range(4):
         A = X @ X.mT
         X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ A @ X
     torch.testing.assert_close(orthogonalize(G).double(), X, atol=2e-3, rtol=0)
