@@ -198,12 +198,12 @@ def fill(argv: list[str]) -> None:
         raise UserError(f"{options.run} has no head for masked tokens; fine-tuned runs drop it: use the run before")
     for text in options.texts:
         whole = masked_ids(tokenizer, text)
-        warn(cut_note(repr(text[:40]), [len(whole)], 1, model.config.max_len))
         ids, _ = text_ids(tokenizer, model.config.max_len, whole)
         masks = [i for i, token in enumerate(ids) if token == tokenizer.mask]
         if len(masks) < max(1, text.count("[MASK]")):
             missing = "is cut off by max_len" if "[MASK]" in text else "is missing"
             raise UserError(f"{text[:60]!r}: [MASK] {missing}; it marks what is to be filled in")
+        warn(cut_note(repr(text[:40]), [len(whole)], 1, model.config.max_len))
         inputs = dict(tokens=[ids], lengths=[len(ids)], positions=[masks])
         mlm, _ = model.predict(**{name: torch.tensor(value, device=device) for name, value in inputs.items()})
         probabilities, tokens = mlm[0].softmax(dim=-1).topk(min(options.top, mlm.size(-1)))  # (M, top)

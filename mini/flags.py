@@ -190,7 +190,8 @@ def parse_flags(argv: list[str], classes: list, description: str, presets: dict[
     Returns ([one object for each class], the names of the flags that were given).
     Raises UserError for anything unknown or misspelt, naming the nearest flag.
     """
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=WIDE)
+    said = description == classes[0].__doc__  # by the first group
+    parser = Parser(description=None if said else description, allow_abbrev=False, formatter_class=WIDE)
     if presets:
         names, first = ", ".join(presets), next(iter(presets))
         parser.add_argument("--preset", metavar="NAME", default=first, help=f"{names} [{first}]")

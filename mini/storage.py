@@ -187,7 +187,7 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where
     problems += [f"extra {n} {shape}" for n, shape in have.items() if n not in want]
     problems += [f"{n} is {have[n]}, not {shape}" for n, shape in want.items() if have.get(n, shape) != shape]
     if problems:
-        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise UserError(f"{where}: the weights do not fit the model: {shown}")
     with torch.no_grad():
         for name, tensor in wanted.items():

@@ -1,1 +1,0 @@
-"""Runs made smaller."""

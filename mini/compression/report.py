@@ -119,8 +119,7 @@ def heading(options: ReportOptions, device: torch.device, rows: list[dict]) -> s
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    first = rows[0]
+    first = rows[0]  # the rows as a Markdown table
     latencies = [name for name in first if name.startswith("ms_")]
     shapes = [f"({name[3:].replace('_', ', ')}) ms" for name in latencies]
     judged = first["judged_by"]

@@ -1,1 +1,0 @@
-"""What a model is: its shape, its modules, and what it becomes by compression."""

@@ -249,8 +249,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
 
     def flops(self, length: int) -> float:
-        """Forward, for one token among `length`: QKᵀ and the weighted sum of V take 2 · 2 · length · H · D."""
-        return linear_flops(self) + 4 * length * self.n_heads * self.head_size
+        return 4.0 * length * self.n_heads * self.head_size  # beside its linear layers: QKᵀ, and the weighted sum of V
 
     def units(self) -> dict[str, tuple[int, Tensor]]:
         """What belongs to each head: {name of a tensor: (dimension, (H, n) places in it)}, all that H decides."""
@@ -280,9 +279,6 @@ class MLP(nn.Module):
         h = self.up(x)  # (B, T, d_ff)
         h = self.activation(self.gate(x)) * h if self.gate is not None else self.activation(h)
         return self.down(h)
-
-    def flops(self, length: int) -> float:
-        return linear_flops(self)
 
     def units(self) -> dict[str, tuple[int, Tensor]]:
         """What belongs to each neuron, as Attention.units() says it of heads."""
@@ -315,7 +311,8 @@ class Block(nn.Module):
         return self.norm2(x + self.dropout(self.mlp(x)))
 
     def flops(self, length: int) -> float:
-        return self.attention.flops(length) + self.mlp.flops(length)
+        """Forward, for one token among `length`: of linear layers, and of modules that have arithmetic beside them."""
+        return linear_flops(self) + sum(m.flops(length) for m in self.children() if hasattr(m, "flops"))
 
 
 # ---------------------------------------------------------------- the stack

@@ -3,7 +3,7 @@
 A task is one file of this folder and one line of TASKS in __init__.py; nothing else lists tasks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mini.flags import UserError
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.order import Grouped
@@ -46,7 +47,6 @@ class Task:
         beats_chance(figures)       whether they are better than those of a guess
         summary(result), example()  lines that tell a person what they mean; what to try `command` with
         fits(config)                classmethod: whether a model with these heads has learnt it
-        texts(path)                 staticmethod, of files: all texts of one, for a tokenizer to learn from
     """
 
     Config: type | None = None  # its own settings, which are flags of this task only
@@ -69,6 +69,11 @@ class Task:
     def published_options(cls, config: ModelConfig, folder: str):
         """The settings by which published weights with these heads are judged."""
         return cls.Config() if cls.Config else None
+
+    @staticmethod
+    def texts(path: str) -> Iterable[str]:
+        """All texts of a file, for a tokenizer to learn from."""
+        raise UserError("this task has no texts that a tokenizer could learn from: give --tokenizer bytes, or another")
 
     def check(self, model: Model) -> None:
         """Raises UserError for a model that cannot learn it."""

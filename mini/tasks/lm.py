@@ -32,7 +32,7 @@ class NextToken(Task):
     def metrics(self, sums: dict[str, Tensor]) -> dict:
         loss, count, n_bytes = (float(sums[name]) for name in ("lm", "count/lm", "bytes"))
         figures = {"val_loss": loss / count}
-        return figures | {"val_bpb": bits_per_byte(loss, n_bytes)} if self.tokenizer.lossless else figures
+        return figures | {"val_bpb": bits_per_byte(loss, n_bytes)} if self.tokenizer.lossless and n_bytes else figures
 
     def beats_chance(self, figures: dict) -> bool:
         return figures["val_loss"] < 0.99 * math.log(self.tokenizer.vocab_size)  # which rounding alone does not reach

@@ -1,1 +1,0 @@
-"""From tasks and models to runs."""

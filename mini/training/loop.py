@@ -18,6 +18,7 @@ of one size (1 x 4, 2 x 2, 4 x 1), and a run goes on from a checkpoint as if it 
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -117,7 +118,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     speed = Speedometer(model, task.predicted if objective.fixed_shape else 0, dtype, world, state)
 
     began = time.perf_counter() - state["seconds"]
-    bar = progress_bar(total=steps, initial=state["step"], disable=not world.main, unit="step")
+    bar = progress_bar(total=steps, initial=state["step"], disable=not (world.main and steps), unit="step")
     with Interrupts() as interrupts, bar:
         for step in range(state["step"], steps):
             stop = world.highest(interrupts.received)
@@ -348,6 +349,8 @@ class Interrupts:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if os.environ.get("RANK", "0") == "0":  # not print(), in the middle of which the signal may have come
+            os.write(2, b"\nstopping after this step; Ctrl-C once more ends at once\n")
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self.previous.items():

@@ -102,3 +102,5 @@ def test_flops_are_those_of_the_modules():
     bert = Bert(ModelConfig(**SIZE, mlm=True, nsp=True))
     heads = 0.25 * 2 * (32 * 32 + 32 * 60) + 2 * (32 * 32 + 2 * 32) / 16
     assert bert.flops(16, predicted=0.25) == pytest.approx(model.stack.flops(16) + heads)
+    model.stack.blocks[0].side = nn.Linear(32, 5)  # whatever is added counts
+    assert model.flops(16) == 2 * (matrices + 32 * 5) + 3 * 4 * 16 * 32
