@@ -29,7 +29,7 @@ class OptimConfig(Checked):
     beta1: float = option(0.9, "AdamW's first-moment decay", low=0, high=0.999999)
     beta2: float = option(0.95, "AdamW's second-moment decay", low=0, high=0.999999)
     momentum: float = option(0.95, "Muon's momentum", low=0, high=0.999999)
-    turns: int = option(8, "Muon: in so many steps each hidden matrix has its turn, with so many times the rate", low=1)
+    turns: int = option(10, "Muon: in so many steps each matrix has its turn, with so many times the rate", low=1)
     clip: float = option(1.0, "largest gradient norm; 0: no clipping", low=0)
 
     def __post_init__(self):
@@ -100,14 +100,14 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     return optimizers
 
 
-def orthogonalize(G: Tensor, steps: int = 4) -> Tensor:
+def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
     """Drives the singular values of each matrix of G (n, rows, cols) towards 1, keeping its singular vectors.
 
     Newton-Schulz iteration X <- QX, Q = aI + bA + cA², A = XXᵀ; its coefficients trade exactness for speed: singular
-    values of 0.01 and more end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon"; there X is scaled by ‖G‖ and
-    iterated five times; ‖GGᵀ‖^½, nearer to the largest singular value, spares about one). Only A, of the smaller side
-    m, and the product P of all Q are iterated, A <- QAQ, for everything in it commutes; G is multiplied once, at the
-    end. This asks for all bits of float32: small singular values are squared in A.
+    values of 0.01 and more end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon"; here they are scaled by ‖GGᵀ‖^½,
+    nearer to the largest of them than ‖G‖). Only A, of the smaller side m, and the product P of all Q are iterated,
+    A <- QAQ, for everything in it commutes; G is multiplied once, at the end. This asks for all bits of float32: small
+    singular values are squared in A.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     precision = torch.get_float32_matmul_precision()
