@@ -2,8 +2,11 @@ import contextlib
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -39,12 +42,14 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def command(cache):
-    """Runs a command of the project as its user would type it, in this process unless torchrun is asked for."""
+    """Runs a command of the project as its user would type it, in this process or, as so many ranks, in forks of it."""
 
-    def run(*arguments: object, status: int = 0, torchrun: int = 0) -> subprocess.CompletedProcess:
+    def run(*arguments: object, status: int = 0, ranks: int = 0, torchrun: int = 0) -> subprocess.CompletedProcess:
         if torchrun:
             argv = command_line(*arguments, torchrun=torchrun)
             done = subprocess.run(argv, capture_output=True, text=True, env=environment(cache), timeout=170)
+        elif ranks > 1:
+            done = run_ranks([str(a) for a in arguments], cache, ranks)
         else:
             done = run_here([str(a) for a in arguments], cache)
         assert done.returncode == status, f"{arguments}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -83,6 +88,30 @@ def run_here(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
         except SystemExit as end:
             status = end.code
     return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
+
+
+def run_ranks(argv: list[str], cache: Path, n: int) -> subprocess.CompletedProcess:
+    """What torchrun does, without importing torch in each process anew."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        shared = dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(found.getsockname()[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(n):
+            children.append(os.fork())
+            if not children[-1]:
+                try:
+                    signal.alarm(170)
+                    os.environ |= shared | dict(RANK=str(rank), LOCAL_RANK=str(rank))
+                    done = run_here(argv, cache)
+                    Path(folder, str(rank)).write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+                finally:
+                    os._exit(0)
+        for child in children:
+            os.waitpid(child, 0)
+        answers = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(n)]
+    status, out, err = zip(*answers, strict=True)
+    return subprocess.CompletedProcess(argv, max(status), "".join(out), "".join(err))
 
 
 def command_line(*arguments: object, torchrun: int = 0) -> list[str]:

@@ -152,7 +152,7 @@ def test_several_processes_and_parts_make_the_same_run(gpt, tmp_path, command, f
     flags += ["--steps", 6, "--dtype", "float32"]
     one = last_json(compress(command, what, gpt, tmp_path / "one", *flags))
     argv = ["compress.py", what, gpt, "--out", tmp_path / "two", *flags, "--accumulation", 2]
-    two = last_json(command(*argv, torchrun=2))
+    two = last_json(command(*argv, ranks=2))
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
 
 

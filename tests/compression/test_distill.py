@@ -340,9 +340,9 @@ def test_without_a_weight_the_teacher_is_not_asked():
 
 
 # ---------------------------------------------------------------- the command
-def taught(command, gpt, out, *flags, status=0, torchrun=0):
+def taught(command, gpt, out, *flags, status=0, ranks=0):
     flags = ["--steps", 12, "--eval_every", 0, *flags]
-    return command("compress.py", "distill", gpt, "--out", out, *flags, status=status, torchrun=torchrun)
+    return command("compress.py", "distill", gpt, "--out", out, *flags, status=status, ranks=ranks)
 
 
 @pytest.mark.parametrize("recipe, names", [("hinton", "soft"), ("tinybert", "embedding hidden attention")])
@@ -372,7 +372,7 @@ def test_a_student_of_another_width_goes_on_to_the_bit(gpt, tmp_path, command, r
 def test_several_processes_teach_as_one(gpt, tmp_path, command):
     flags = ["--recipe", "distilbert", "--d_model", 16, "--dtype", "float32"]
     one = last_json(taught(command, gpt, tmp_path / "one", *flags))
-    two = last_json(taught(command, gpt, tmp_path / "two", *flags, "--accumulation", 2, torchrun=2))
+    two = last_json(taught(command, gpt, tmp_path / "two", *flags, "--accumulation", 2, ranks=2))
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
 
 

@@ -49,10 +49,10 @@ def classifier(pretrained, files, command, tmp_path_factory):
     return out
 
 
-def tinybert(command, teacher, out, *flags, status=0, torchrun=0):
+def tinybert(command, teacher, out, *flags, status=0, ranks=0):
     options = ["--recipe", "tinybert", "--steps", 6, "--copies", 1, "--checkpoint_every", 3]
     options += [] if "--init" in flags else ["--general_steps", 4]
-    return command("compress.py", "distill", teacher, "--out", out, *options, *flags, status=status, torchrun=torchrun)
+    return command("compress.py", "distill", teacher, "--out", out, *options, *flags, status=status, ranks=ranks)
 
 
 # ---------------------------------------------------------------- texts written anew
@@ -176,7 +176,7 @@ def read_result(run):
 
 def test_the_teacher_is_fine_tuned_where_only_the_pretrained_one_is_given(pretrained, files, tmp_path, command):
     flags = [*files, "--lr", 3e-3, "--augment", "mask", "--copies", 0, "--init", pretrained, "--steps", 30]
-    two = tinybert(command, pretrained, tmp_path / "two", *flags, torchrun=2)
+    two = tinybert(command, pretrained, tmp_path / "two", *flags, ranks=2)
     config = json.loads((tmp_path / "two-teacher" / "config.json").read_text())
     assert config["init"] == str(pretrained) and config["optim"]["lr"] == 3e-3 and config["train"]["steps"] == 30
     assert config["task_options"]["augment"] == "mask" and not (tmp_path / "two-augmented.tsv").exists()

@@ -84,7 +84,7 @@ def test_ranks_and_parts_do_not_matter(flags, command, tmp_path):
     for n, (ranks, parts) in enumerate([(0, 1), (0, 4), (2, 2)]):
         out = tmp_path / str(n)
         more = ["--steps", 6, "--accumulation", parts, "--dtype", "float32", "--log_every", 1, "--sample_every", 0]
-        command(*flags, *more, "--out", out, torchrun=ranks)
+        command(*flags, *more, "--out", out, ranks=ranks)
         losses.append([(row["mlm"], row["nsp"]) for row in metrics(out)])
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4)
     np.testing.assert_allclose(losses[2], losses[0], rtol=2e-4)
@@ -249,7 +249,7 @@ def test_question_answering_on_pythons_documentation(command, tmp_path):
     for ranks in (0, 2):
         out = tmp_path / f"qa{ranks}"
         accumulation = ["--accumulation", 1 if ranks else 2]
-        done = command("train_bert.py", "--task", "qa", *shape, *more, *accumulation, "--out", out, torchrun=ranks)
+        done = command("train_bert.py", "--task", "qa", *shape, *more, *accumulation, "--out", out, ranks=ranks)
         results.append(last_json(done))
     assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], rel=1e-4)
     for name in ("exact_match", "f1"):  # of spans that after two steps are all but tied

@@ -157,7 +157,7 @@ def test_ranks_and_accumulation_change_nothing(text_file, tmp_path, command):
     for ranks, parts, dropout in ((1, 4, 0.1), (2, 2, 0.1), (4, 1, 0.1), (1, 1, 0.0), (1, 2, 0.0)):
         out = tmp_path / f"{ranks}x{parts}-{dropout}"
         extra = ["--accumulation", parts, "--dropout", dropout, "--out", out]
-        done = command(*flags, *extra, torchrun=ranks if ranks > 1 else 0)
+        done = command(*flags, *extra, ranks=ranks)
         losses[ranks, parts] = [row["loss"] for row in metrics(out)]
         results[ranks, parts] = last_json(done)
         assert done.stdout.count('"val_loss"') == 1  # only rank 0 prints
@@ -175,7 +175,7 @@ def test_torchrun_goes_on_from_a_checkpoint(text_file, tmp_path, command):
     for name in ("model.safetensors", "result.json"):
         (tmp_path / "run" / name).unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000010")
-    command(*flags, "--out", tmp_path / "run", torchrun=2)
+    command(*flags, "--out", tmp_path / "run", ranks=2)
     assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
 
 
@@ -223,7 +223,7 @@ def test_unequal_counts_are_averaged_over_the_whole_batch(tmp_path, command):
     losses = []
     for parts, ranks in ((1, 0), (4, 0), (2, 2)):
         out = tmp_path / f"{parts}x{ranks}"
-        command(*flags, "--steps", 6, "--accumulation", parts, "--out", out, torchrun=ranks)
+        command(*flags, "--steps", 6, "--accumulation", parts, "--out", out, ranks=ranks)
         losses.append([row["loss"] for row in metrics(out)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] == pytest.approx(losses[2], rel=1e-4)
 
