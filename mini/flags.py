@@ -1,5 +1,4 @@
-"""Dataclasses <-> JSON and command line: each field is a flag, a line of --help and a key of config.json. And what
-a person is told who gets one wrong.
+"""Dataclasses <-> JSON and command line: each field is a flag, a line of --help and a key of config.json.
 
 The settings themselves stand with the code that reads them.
 """
@@ -17,9 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import field
 from pathlib import Path
 
-
-class UserError(Exception):
-    """A user's mistake or a broken input: shown as one line, exit status 2, no traceback."""
+from mini.errors import UserError as UserError  # for all that have options, too
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -39,24 +36,19 @@ def option(default, help: str, choices: tuple[str, ...] = (), low: float = -math
     return field(metadata=dict(help=help, choices=choices, low=low, high=high, **extra), **start)
 
 
-def check(config) -> None:
-    """Raises UserError for a value outside its field's choices or bounds; nan is outside of all."""
-    for f in dataclasses.fields(config):
-        value, choices = getattr(config, f.name), f.metadata.get("choices", ())
-        low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
-        if choices and value not in choices:
-            raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}{nearest(str(value), choices)}")
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not (low <= number <= high and math.isfinite(number)):
-                bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
-                raise UserError(f"--{f.name} {number}: must be {' and '.join(bounds) or 'a number'}")
-
-
 class Checked:
-    """A dataclass of options that refuses what they may not be."""
+    """A dataclass of options; UserError for a value outside its field's choices or bounds, as nan always is."""
 
     def __post_init__(self):
-        check(self)
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices", ())
+            low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
+            if choices and value not in choices:
+                raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}{nearest(str(value), choices)}")
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and not (low <= number <= high and math.isfinite(number)):
+                    bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
+                    raise UserError(f"--{f.name} {number}: must be {' and '.join(bounds) or 'a number'}")
 
 
 # ---------------------------------------------------------------- dataclasses <-> JSON

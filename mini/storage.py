@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from mini.flags import UserError
+from mini.errors import UserError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

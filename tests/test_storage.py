@@ -5,7 +5,7 @@ import struct
 import pytest
 import torch
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.storage import atomic_file, atomic_folder, load_tensors, save_tensors
 
 

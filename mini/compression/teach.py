@@ -11,7 +11,7 @@ import torch
 
 from mini.compression import distill, rewrite
 from mini.compression.distill import DistillConfig
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model.transformer import Model
 from mini.storage import digest_tensors, sha256, weights
 from mini.tasks.base import Task

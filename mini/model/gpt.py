@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model.config import ModelConfig
 from mini.model.published import gpt2_config, gpt2_tensors
 from mini.model.transformer import KVCache, Linear, Model, at_positions, linear_flops, real_tokens

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model.transformer import Embedding, Linear
 from mini.storage import weights
 

@@ -312,7 +312,8 @@ class Block(nn.Module):
 
     def flops(self, length: int) -> float:
         """Forward, for one token among `length`: of linear layers, and of modules that have arithmetic beside them."""
-        return linear_flops(self) + sum(m.flops(length) for m in self.children() if hasattr(m, "flops"))
+        own = [module.flops for module in self.modules() if module is not self and hasattr(module, "flops")]
+        return linear_flops(self) + sum(flops(length) for flops in own)
 
 
 # ---------------------------------------------------------------- the stack

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.order import Grouped

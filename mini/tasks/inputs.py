@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.text.tokenizer import Tokenizer
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, Task

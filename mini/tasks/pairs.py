@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, FileTask

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.storage import atomic_file
 
 ATTEMPTS = 20  # times a transfer that broke off is taken up again, as long as each brings more of it

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from mini.flags import UserError
+from mini.errors import UserError
 
 
 def read_rows(path: str | Path, columns: list[str], optional: tuple[str, ...] = ()) -> list[tuple[str, dict]]:

@@ -23,7 +23,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.storage import read_json
 from mini.text.tokenizer_base import END_OF_TEXT, SPACE, ByteTokenizer, Tokenizer, blocks, character_classes, to_bytes
 from mini.text.wordpiece import WordPieceTokenizer, load_vocab, load_wordpiece

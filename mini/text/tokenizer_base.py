@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.storage import write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.storage import read_json
 from mini.text.tokenizer_base import Tokenizer, blocks, character_classes
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from mini.flags import UserError
+from mini.errors import UserError
 
 
 class World:

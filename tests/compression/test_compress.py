@@ -13,7 +13,7 @@ from mini import load_run
 from mini.compression import report
 from mini.compression.prune import ramp_end
 from mini.compression.report import table
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model import sparse
 from mini.storage import load_tensors
 from mini.training.devices import World

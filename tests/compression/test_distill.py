@@ -14,7 +14,7 @@ from mini.compression import distill
 from mini.compression.activations import recording
 from mini.compression.distill import DistillConfig
 from mini.compression.shrink import without_layers
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model.transformer import View, attend_reference
 from mini.presets import ENCODER, MODERN
 from mini.storage import load_tensors

@@ -9,7 +9,7 @@ from mini import GPT, Bert, ModelConfig
 from mini.compression import prune, shrink
 from mini.compression.activations import Examples
 from mini.compression.prune import PruneConfig
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model import sparse
 from mini.presets import ENCODER, MODERN
 from mini.storage import save_tensors, weights

@@ -9,7 +9,7 @@ from mini import GPT, Bert, ModelConfig
 from mini.compression import quantize
 from mini.compression.activations import Examples
 from mini.compression.quantize import QuantConfig
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model import int8
 from mini.presets import ENCODER, MODERN
 from mini.storage import weights

@@ -15,7 +15,7 @@ from mini.compression import distill
 from mini.compression.distill import DistillConfig
 from mini.compression.rewrite import RewriteConfig, candidates, rewrite, word_tokens, written_anew
 from mini.compression.teacher_cache import TeacherCache, merged_soft_targets
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.storage import load_tensors, save_tensors
 from mini.tasks.metrics import classification_report
 

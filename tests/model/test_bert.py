@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mini import Bert, ModelConfig, load_run
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.presets import BERT_PRESETS, ENCODER, MODERN, model_preset
 from mini.storage import load_tensors, save_tensors, weights
 from mini.tasks.base import IGNORE

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import lm_loss
 
 from mini import GPT, ModelConfig
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model.gpt import choose
 from mini.model.transformer import View, attend_fused, attend_reference, rope_table, rotate
 from mini.presets import model_preset

@@ -104,3 +104,6 @@ def test_flops_are_those_of_the_modules():
     assert bert.flops(16, predicted=0.25) == pytest.approx(model.stack.flops(16) + heads)
     model.stack.blocks[0].side = nn.Linear(32, 5)  # whatever is added counts
     assert model.flops(16) == 2 * (matrices + 32 * 5) + 3 * 4 * 16 * 32
+    model.stack.blocks[0].mlp.inner = nn.Identity()  # and what it says of itself, however deep it lies
+    model.stack.blocks[0].mlp.inner.flops = lambda length: 7.0 * length
+    assert model.flops(16) == 2 * (matrices + 32 * 5) + 3 * 4 * 16 * 32 + 7 * 16

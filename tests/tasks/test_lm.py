@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.tasks.base import IGNORE
 from mini.tasks.lm import LanguageModelling
 from mini.tasks.order import permute, shuffled

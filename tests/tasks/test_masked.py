@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mini import Bert
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.tasks.base import IGNORE
 from mini.tasks.masked import MaskedLanguageModelling, MLMConfig, Sentences, fit
 from mini.tasks.order import Grouped, uniform

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.model.bert import NEVER
 from mini.tasks.qa import (
     Answer,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.text import corpus, fetch, python_docs
 from mini.text.corpus import DataConfig, cut_pieces
 from mini.text.tokenizer import BPETokenizer, train_bpe

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.text import tokenizer as module
 from mini.text.tokenizer import BPETokenizer, gpt2_splitter, load_ranks, load_tokenizer, make_tokenizer, train_bpe
 from mini.text.tokenizer_base import ByteTokenizer, blocks

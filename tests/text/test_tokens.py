@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.text import corpus, tokens
 from mini.text.corpus import DataConfig, open_corpus
 from mini.text.tokenizer import train_bpe

@@ -11,7 +11,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.text import wordpiece
 from mini.text.corpus import DataConfig, open_corpus
 from mini.text.tokenizer import load_tokenizer, make_tokenizer

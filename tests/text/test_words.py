@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.text.words import AUGMENTATIONS, NORMALIZATIONS, STOPWORDS, augment, normalize, parse_steps
 
 TEXT = " ".join(f"w{i}" for i in range(20))
