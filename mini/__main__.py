@@ -18,7 +18,7 @@ from mini.flags import Checked, UserError, dispatch, option, parse_flags, peek, 
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.presets import BERT
-from mini.storage import atomic_file, write_text
+from mini.storage import atomic_file, begins, check_output, write_text
 from mini.tasks import qa
 from mini.tasks.classify import ClassifyConfig
 from mini.tasks.inputs import cut_note, masked_ids, pad, pad_texts, text_ids
@@ -26,13 +26,14 @@ from mini.tasks.masked import show_token
 from mini.text.corpus import DataConfig
 from mini.text.rows import read_rows, text_columns
 from mini.text.tokenizer import Tokenizer
-from mini.text.tokens import is_token_folder, write_token_folder
+from mini.text.tokens import is_token_folder, made_of, open_tokens, write_token_folder
 from mini.text.words import NORMALIZATIONS, normalize, parse_steps
 from mini.training.checkpoints import read_result
 from mini.training.devices import can_compile, pick_device, progress_bar
 from mini.training.runs import is_published, load_run, read_config, read_labels
 
 TABLES = (".tsv", ".csv", ".jsonl")
+LABELS = "label\tprobability\ttext"  # the first line of what classify writes
 
 
 @dataclass
@@ -48,7 +49,7 @@ class SampleOptions(RunOptions):
     """Continue a prompt with a GPT; several prompts are continued together."""
 
     prompts: list[str] = option([], "text to go on from", positional="+")
-    max_new_tokens: int = option(200, "tokens to add at most", low=1)
+    max_new_tokens: int = option(200, "tokens to add at most", low=1, high=10_000_000)
     temperature: float = option(0.8, "0: always the likeliest; 1: as the model says; more: wilder", low=0, high=1e6)
     top_k: int = option(0, "draw from the k likeliest tokens; 0: from all", low=0)
     top_p: float = option(0.95, "draw from the fewest tokens with this much probability together", low=1e-6, high=1)
@@ -109,7 +110,7 @@ class ClassifyOptions(RunOptions):
 def classify(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [ClassifyOptions], ClassifyOptions.__doc__)
     if options.out:
-        check_out(options.out, options.texts)
+        check_output(Path(options.out), lambda path: begins(path, LABELS.encode()))
     model, tokenizer = load_run(options.run, pick_device(options.device))
     if not model.config.n_classes:
         raise UserError(f"{options.run} is not a classifier: train_{model.kind}.py --task classify makes one of it")
@@ -121,9 +122,9 @@ def classify(argv: list[str]) -> None:
     texts = [[tokenizer.encode(normalize(text, steps)) for text in row] for row in rows]
     logits = for_all(texts, options.run, model.classify, model, tokenizer, options.batch_size)  # (texts, classes)
     best = logits.softmax(dim=-1).max(dim=-1)
-    lines = ["label\tprobability\ttext"]
+    lines = [LABELS]
     for row, p, i in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
-        lines.append(f"{labels[i]}\t{p:.4f}\t{' '.join(' '.join(row).split())}")
+        lines.append(f"{one_line(labels[i])}\t{p:.4f}\t{one_line(' '.join(row))}")
     if options.out:
         write_text(Path(options.out), "\n".join(lines) + "\n")
         print(f"{len(rows):,} labels are in {options.out}")
@@ -144,10 +145,8 @@ def read_texts(given: list[str]) -> list[list[str]]:
     return [[text] for text in given]
 
 
-def check_out(out: str | Path, given: list[str]) -> None:
-    """Refuses to write over what is read."""
-    if any(Path(out).resolve() == Path(name).resolve() for name in given if len(name) < 256):
-        raise UserError(f"--out {out}: is the file to read; name another one")
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def warn(notes: list[str]) -> None:
@@ -275,8 +274,7 @@ def rewrite(argv: list[str]) -> None:
     read_rows(source, ["text", "label"], ("text_b",))  # refuses a wrong file before the model is loaded
     if out.suffix != source.suffix:
         raise UserError(f"--out {out}: has to be a {source.suffix} file, as {source} is")
-    if out.exists():
-        raise UserError(f"--out {out} exists already: name another, or delete it")
+    check_output(out)
     model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
     if model.mlm is None:
         raise UserError(f"{options.run} has no head for masked tokens: name the run that it was fine-tuned from")
@@ -297,7 +295,7 @@ class EmbedOptions(RunOptions):
 def embed(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [EmbedOptions], EmbedOptions.__doc__)
     out = Path(options.out or f"{options.file}.npy")
-    check_out(out, [options.file])
+    check_output(out, lambda path: begins(path, b"\x93NUMPY"))
     model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
     texts = [[tokenizer.encode(text) for text in row] for row in read_lines(options.file)]
     compute = partial(model.embed, pooling=options.pooling)
@@ -334,18 +332,21 @@ def tokens(argv: list[str]) -> None:
     (options, data), _ = parse_flags(argv, classes, TokensOptions.__doc__, without=without)
     if not options.out:
         raise UserError("name the folder to make with --out DIR")
+    data = replace(data, data=options.files[0] if len(options.files) == 1 else options.files)
     if is_token_folder(options.out):
-        raise UserError(f"{options.out} is a token folder already: delete it, or name another with --out")
-    files = options.files[0] if len(options.files) == 1 else options.files
-    data = replace(data, data=files)
-    folder = write_token_folder(data, options.vocab_size, None, Path(options.out), options.workers or None)
-    splits = folder.meta["splits"]
+        folder = open_tokens(options.out)
+        if folder.meta.source != made_of(data, options.vocab_size):
+            raise UserError(f"{options.out} is another token folder: delete it, or name another with --out")
+        print(f"{options.out} is finished already")
+    else:
+        folder = write_token_folder(data, options.vocab_size, None, Path(options.out), options.workers or None)
+    splits = vars(folder.meta.splits)
     for name, split in splits.items():
         print(
-            f"{name}: {split['n_tokens']:,} tokens, {split['n_documents']:,} documents, {split['n_sentences']:,} "
-            f"sentences, {split['n_bytes'] / split['n_tokens']:.2f} bytes per token"
+            f"{name}: {split.n_tokens:,} tokens, {split.n_documents:,} documents, {split.n_sentences:,} "
+            f"sentences, {split.n_bytes / max(1, split.n_tokens):.2f} bytes per token"
         )
-    print(json.dumps({"out": options.out, **{name: s["n_tokens"] for name, s in splits.items()}}))
+    print(json.dumps({"out": options.out, **{name: split.n_tokens for name, split in splits.items()}}))
 
 
 def bench(argv: list[str]) -> None:

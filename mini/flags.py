@@ -4,9 +4,11 @@ The settings themselves stand with the code that reads them.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import math
 import os
 import sys
@@ -199,6 +201,8 @@ def parse_flags(argv: list[str], classes: list, description: str, presets: dict[
     parser.refuse_unknown(unknown)
 
     given = {name: text for name, text in vars(known).items() if name != "preset"}
+    if empty := [name for name, text in given.items() if text == "" or text == []]:
+        raise UserError(f"--{empty[0]}: it is empty; give it a value, or leave it out")
     objects = []
     for cls in classes:
         values = {n: v for n, v in defaults.items() if n in field_names(cls) and owners.get(n, cls) is cls}
@@ -224,6 +228,9 @@ def dispatch(argv: list[str], commands: dict[str, tuple[Callable, str]], program
 
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs a command on sys.argv; a user's mistake becomes one line and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):  # half a character, which a command line can hold, ends no command
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
         return
@@ -236,6 +243,21 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         raise SystemExit(141) from None
     except OSError as error:  # a full disk, a folder that may not be written
         message, status = f"error: {error.filename or 'the system'}: {error.strerror or error}", 2
-    if os.environ.get("RANK", "0") == "0":  # of many processes, one speaks
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        message, status = "error: this machine has not enough memory for that: give smaller sizes", 2
+    if first_to_say(message):
         print(message, file=sys.stderr)
     raise SystemExit(status)
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other of torchrun's processes on this machine has said the same: what all of them see is one line."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return True
+    common = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # of this start, removed with it
+    with contextlib.suppress(OSError):
+        os.close(os.open(common / hashlib.sha256(message.encode(errors="replace")).hexdigest(), os.O_CREAT | os.O_EXCL))
+        return True
+    return not common.is_dir()

@@ -5,12 +5,16 @@ JSON header with each tensor's dtype, shape and place; the raw bytes. It can run
 """
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterator
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,17 +38,46 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def beside(path: Path) -> Path:
+    """A hidden name beside a file or folder, with the process and the machine that make it."""
+    sweep(path.parent)
+    return path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
+
+
+@functools.cache  # once for a folder and a process: it may have many files
+def sweep(folder: Path) -> None:
+    """Removes what processes of this machine that are gone have left in a folder, half written."""
+    for left in folder.glob(".*.tmp"):
+        made_by = re.fullmatch(r"\..+\.(\d+)@(.+)\.tmp", left.name)
+        if made_by and made_by[2] == socket.gethostname() and not running(int(made_by[1])):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def running(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0) if os.name == "posix" else None
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renamed to `path` when the block ends well, removed when not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path)
     try:
         yield temporary
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -54,24 +87,79 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """The same for a whole folder: what stands at `path` is complete at any time, the old one, the new one or none."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    place = dict(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as name:
-        temporary = Path(name)
-        temporary.chmod(0o755)  # its 0700 would keep others from reading the finished folder
+    temporary = beside(path)
+    temporary.mkdir()
+    try:
         yield temporary
         for file in [*temporary.iterdir(), temporary]:
             fsync(file)
-        remove_folder(path)
+        if path.exists():
+            remove(path.parent, [path.name])
         os.replace(temporary, path)
         fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_folder(path: Path) -> None:
-    """Deletes a folder if it is there: first its name at once, then its content, so that it is never half there."""
-    if path.exists():
-        path = path.resolve()
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as aside:
-            os.replace(path, aside)
+def remove(folder: Path, names: Iterable[str]) -> None:
+    """Deletes files and folders of a folder, all or none: they leave their names together, then the disk."""
+    aside, moved = beside(folder / "removed"), []
+    aside.mkdir()
+    try:
+        for name in names:
+            if any(not os.access(d, os.W_OK | os.X_OK) for d, _, _ in os.walk(folder / name)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / name))
+            os.replace(folder / name, aside / name)
+            moved.append(name)
+    except OSError:
+        for name in moved:
+            os.replace(aside / name, folder / name)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Keeps other processes from the same block for this path; yields False where one is in it, unless told to wait.
+
+    The lock lies beside the path, so that it outlives it. Some systems and network disks have none: then all may enter.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(lock, "w") as file:
+            free = True
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except BlockingIOError:
+                    free = False
+            if not free:
+                yield False
+                return
+            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                continue  # who had it has removed it
+            try:
+                yield True
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def check_output(path: Path, mine: Callable[[Path], bool] = lambda path: False) -> None:
+    """Refuses to write over anything but an earlier output of the same kind, which mine(path) tells."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"--out {path}: is no regular file; name a new one")
+    if path.exists() and not mine(path):
+        raise UserError(f"--out {path}: exists already and is not what this command writes; name another, or delete it")
+
+
+def begins(path: Path, mark: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(mark)) == mark
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -80,7 +168,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    if not all(map(str.isprintable, text.split())):  # half a character, which UTF-8 has not, is written as \ud800
+        text = json.dumps(value, indent=1)
+    write_text(path, text + "\n")
 
 
 def read_json(path: str | Path) -> dict:
@@ -156,7 +247,7 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (begin, end), shape, dtype = entry["data_offsets"], list(entry["shape"]), DTYPES[entry["dtype"]]
-            if any(type(n) is not int or n < 0 for n in [begin, end, *shape]):
+            if any(type(n) is not int or not 0 <= n < 2**63 for n in [begin, end, *shape]):
                 raise ValueError(f"tensor {name!r} has a size that is no number")
             if begin != expected or end > total or end - begin != math.prod(shape) * dtype.itemsize:
                 raise refuse(f"tensor {name!r} {shape} does not fit its place {begin}..{end} of {total} bytes")
@@ -181,14 +272,32 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
     """Copies named tensors into a model. Raises UserError listing what is missing, extra or has another shape."""
-    wanted = weights(model)
-    have, want = ({name: list(tensor.shape) for name, tensor in named.items()} for named in (tensors, wanted))
+    check_shapes(model, tensors, where)
+    if bad := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
+        raise UserError(f"{where}: {bad[0]} holds values that are no numbers (as do {len(bad) - 1} others): of no use")
+    with torch.no_grad():
+        for name, tensor in weights(model).items():
+            tensor.copy_(tensors[name])
+
+
+def check_shapes(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
+    have, want = ({n: list(tensor.shape) for n, tensor in named.items()} for named in (tensors, weights(model)))
     problems = [f"missing {n} {shape}" for n, shape in want.items() if n not in have]
     problems += [f"extra {n} {shape}" for n, shape in have.items() if n not in want]
     problems += [f"{n} is {have[n]}, not {shape}" for n, shape in want.items() if have.get(n, shape) != shape]
     if problems:
         shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
         raise UserError(f"{where}: the weights do not fit the model: {shown}")
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
+
+
+def loaded(make: Callable[[], torch.nn.Module], tensors: dict[str, torch.Tensor], where: str | Path) -> torch.nn.Module:
+    """make() with these weights; it takes no memory before their shapes are known to fit."""
+    with torch.device("meta"):
+        check_shapes(make(), tensors, where)
+    model = make()
+    load_weights(model, tensors, where)
+    return model
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or not tensor.numel() or bool(torch.isfinite(tensor.abs().max()))

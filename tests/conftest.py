@@ -67,6 +67,18 @@ def gpt(text_file, command, tmp_path_factory) -> Path:
     return folder
 
 
+WORDS = {"good": ["great", "lovely", "fine"], "bad": ["awful", "boring", "dull"]}
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labelled")
+    rows = [f"a {word} film number {i}\t{label}" for i in range(30) for label, words in WORDS.items() for word in words]
+    for name, chosen in (("train.tsv", rows), ("valid.tsv", rows[:12])):
+        (folder / name).write_text("text\tlabel\n" + "\n".join(chosen) + "\n")
+    return folder
+
+
 def run_here(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
     import compress
     import mini.__main__

@@ -12,17 +12,6 @@ from mini import load_run
 
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2"
 
-WORDS = {"good": ["great", "lovely", "fine"], "bad": ["awful", "boring", "dull"]}
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("labelled")
-    rows = [f"a {word} film number {i}\t{label}" for i in range(30) for label, words in WORDS.items() for word in words]
-    for name, chosen in (("train.tsv", rows), ("valid.tsv", rows[:12])):
-        (folder / name).write_text("text\tlabel\n" + "\n".join(chosen) + "\n")
-    return folder
-
 
 @pytest.fixture(scope="module")
 def run(text_file, command, tmp_path_factory):

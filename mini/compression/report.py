@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mini.flags import Checked, UserError, option
 from mini.model import int8, sparse
 from mini.model.transformer import KVCache, Model
-from mini.storage import digest_tensors, load_tensors, save_tensors, write_json, write_text
+from mini.storage import check_output, digest_tensors, load_tensors, save_tensors, write_json, write_text
 from mini.training.devices import World, can_compile, device_name, keep_memory, pick_device
 from mini.training.loop import evaluate
 from mini.training.runs import load_model
@@ -54,7 +54,9 @@ class ReportOptions(Checked):
 
 def compare(options: ReportOptions) -> None:
     """Measures, prints the table and writes it."""
-    device, forms = pick_device(options.device), []
+    device, forms, out = pick_device(options.device), [], Path(options.out)
+    for name, mark in {"report.md": b"| run | form |", "report.json": b'"heading": ', "report.png": b"PNG"}.items():
+        check_output(out / name, lambda path, mark=mark: mark in path.read_bytes())
     for i, run in enumerate(options.runs):
         model = load_model(run)
         quantized = int8.is_int8(model)
@@ -79,7 +81,6 @@ def compare(options: ReportOptions) -> None:
     head = heading(options, device, rows)
     text = f"{head}\n\n{table(rows)}\n\n{LEGEND}\n"
     print("\n" + text)
-    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.md", text)
     write_json(out / "report.json", {"heading": head, "rows": rows})

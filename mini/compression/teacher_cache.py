@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mini.flags import UserError
 from mini.storage import digest_tensors, load_tensors, save_tensors, weights
 
 
@@ -34,11 +35,18 @@ class TeacherCache:
         device = next(iter(inputs.values())).device
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         path = self.folder / f"{digest_tensors(inputs, str(autocast))}.safetensors"
-        if not path.exists():
+        try:
+            kept = load_tensors(path)
+            whole = (
+                digest_tensors({n: kept[n] for n in ("log_probs", "classes")}) == bytes(kept["check"].tolist()).decode()
+            )
+        except (UserError, KeyError, ValueError, TypeError):  # not there, or damaged: asked anew
+            whole = False
+        if not whole:
             log_probs = F.log_softmax(ask().float() / self.temperature, dim=-1)  # (N, V)
             classes = log_probs.topk(min(self.k, log_probs.size(1))).indices  # (N, k)
-            save_tensors(path, {"log_probs": merged(log_probs, classes), "classes": classes.int()})
-        kept = load_tensors(path)
+            kept = {"log_probs": merged(log_probs, classes), "classes": classes.int()}
+            save_tensors(path, kept | {"check": torch.tensor(list(digest_tensors(kept).encode()), dtype=torch.uint8)})
         return kept["log_probs"].to(device), kept["classes"].long().to(device)
 
 

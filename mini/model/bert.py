@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mini.model.config import ModelConfig
 from mini.model.published import bert_config, bert_tensors, with_heads
 from mini.model.transformer import Linear, Model, at_positions, linear_flops, make_activation, make_norm, real_tokens
-from mini.storage import load_weights
+from mini.storage import loaded
 
 NEVER = -1e9  # a score so low that its probability is zero, and still no infinity
 
@@ -110,11 +110,10 @@ class Bert(Model):
         Raises UserError naming missing, extra and misshapen tensors, and settings that this BERT does not have.
         """
         tensors = bert_tensors(folder)
-        model = cls(with_heads(bert_config(folder), tensors, folder))
-        if model.config.tied:  # some files hold the shared matrix twice
+        config = with_heads(bert_config(folder), tensors, folder)
+        if config.tied:  # some files hold the shared matrix twice
             tensors.pop("mlm.decoder.weight", None)
-        load_weights(model, tensors, folder)
-        return model.eval()
+        return loaded(lambda: cls(config), tensors, folder).eval()
 
 
 def average(hidden: Tensor, real: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from mini.errors import UserError
 from mini.model.config import ModelConfig
 from mini.model.published import gpt2_config, gpt2_tensors
 from mini.model.transformer import KVCache, Linear, Model, at_positions, linear_flops, real_tokens
-from mini.storage import load_weights
+from mini.storage import loaded
 
 
 class GPT(Model):
@@ -165,11 +165,10 @@ class GPT(Model):
         The weights: model.safetensors or pytorch_model.bin.
         Raises UserError naming missing, extra and misshapen tensors, and settings that this GPT does not have.
         """
-        model, tensors = cls(gpt2_config(folder)), gpt2_tensors(folder)
-        if model.config.tied:  # some files hold the shared matrix twice
+        config, tensors = gpt2_config(folder), gpt2_tensors(folder)
+        if config.tied:  # some files hold the shared matrix twice
             tensors.pop("head.weight", None)
-        load_weights(model, tensors, folder)
-        return model.eval()
+        return loaded(lambda: cls(config), tensors, folder).eval()
 
 
 def choose(
@@ -179,8 +178,10 @@ def choose(
 
     top_k keeps the k likeliest; top_p the fewest whose probabilities sum to p (Holtzman et al. 2020, §3.1).
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # to float32 the same
         return logits.argmax(dim=-1)
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("the model's scores are no numbers: its weights are of no use")
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow at low temperatures
     if top_k:
         values, kept = logits.topk(min(top_k, logits.size(-1)))  # (B, k)

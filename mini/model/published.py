@@ -140,8 +140,8 @@ def bert_tensors(folder: str | Path) -> dict[str, Tensor]:
         renamed[our_name(name, BERT_NAMES)] = tensor
     for name in [name for name in renamed if ".attention.query." in name]:
         three = [renamed.pop(name.replace(".query.", f".{which}."), None) for which in ("query", "key", "value")]
-        if any(tensor is None for tensor in three):
-            raise UserError(f"{folder}: {name} has no key or no value beside it")
+        if any(tensor is None or tensor.shape[1:] != three[0].shape[1:] or not tensor.ndim for tensor in three):
+            raise UserError(f"{folder}: {name} has no key or no value of its shape beside it")
         renamed[name.replace(".query.", ".qkv.")] = torch.cat(three)  # (3C, C) or (3C,)
     return renamed
 
@@ -169,6 +169,13 @@ def load_published(folder: str | Path) -> dict[str, Tensor]:
         tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{pickled}: not a file of tensors ({type(error).__name__}): download it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"{pickled}: should hold {{name: tensor}} and nothing else")
+    if not isinstance(tensors, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in tensors.items()):
+        raise UserError(f"{pickled}: should hold {{name: tensor}} and nothing else, each tensor with values of its own")
     return tensors
+
+
+def is_plain(tensor: object) -> bool:
+    """Whether it is a tensor with all of its values in memory: not sparse, quantized, nested, or one value repeated."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return False
+    return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mini.errors import UserError
 from mini.model.transformer import Embedding, Linear
-from mini.storage import weights
 
 
 class Masks(nn.Module):
@@ -98,19 +97,25 @@ def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def unpack(model: nn.Module, tensors: dict[str, Tensor], where) -> dict[str, Tensor]:
-    """The inverse; the model gets the masks that the tensors speak of, packed or not."""
-    wanted, tensors = weights(model), dict(tensors)
+def unpack(wanted: dict[str, Tensor], tensors: dict[str, Tensor], where) -> dict[str, Tensor]:
+    """The inverse; wanted: the weights of a model that the tensors are for, of which their shapes are looked at."""
+    tensors = dict(tensors)
     for name in [name for name in tensors if name.endswith(".bits")]:
         weight = name.removesuffix(".bits")
         if weight not in wanted or f"{weight}.kept" not in tensors:
             raise UserError(f"{where}: {name} belongs to no weight of this model")
         shape, bits, kept = wanted[weight].shape, tensors.pop(name), tensors.pop(f"{weight}.kept")
+        if bits.dtype != torch.uint8 or bits.ndim != 1 or kept.ndim != 1 or len(bits) != -(-shape.numel() // 8):
+            raise UserError(f"{where}: {name} does not fit {weight} {list(shape)}: the file is damaged")
         mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel())).bool()
-        if len(bits) != -(-shape.numel() // 8) or int(mask.sum()) != len(kept):
+        if int(mask.sum()) != len(kept):
             raise UserError(f"{where}: {name} does not fit {weight} {list(shape)}: the file is damaged")
         tensors[weight] = torch.zeros(shape.numel(), dtype=kept.dtype).masked_scatter(mask, kept).view(shape)
         tensors[mask_key(weight)] = mask.view(shape)
+    return tensors
+
+
+def take_masks(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Gives a model the masks that tensors speak of."""
     if masks := {name: mask.clone() for name, mask in mask_tensors(tensors).items()}:
         model.masks = Masks(masks)
-    return tensors

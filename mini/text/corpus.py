@@ -21,7 +21,7 @@ from mini.flags import Checked, UserError, nearest, option
 from mini.text import python_docs
 from mini.text.fetch import KNOWN, KnownCorpus, fetch_known
 
-READING = 1  # raise it when the same files begin to be read as other text: cached tokens are then made anew
+READING = 2  # raise it when the same files begin to be read as other text: cached tokens are then made anew
 DEFAULT = "python-docs"
 BLOCK = 2**20  # bytes read from a file at a time
 PIECE = 2**19  # characters of the longest piece of a document
@@ -236,6 +236,8 @@ def read_jsonl(file: BinaryIO, path: Path, errors: str) -> Iterator[Fragment]:
             raise UserError(f"{place}: not UTF-8 ({error.reason}); convert it, or use --errors replace") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
+        except ValueError:
+            raise UserError(f"{place}: a number of more digits than can be read") from None
         except (KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f'{place}: not of the form {{"text": "..."}}') from None
         yield True, text

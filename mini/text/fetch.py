@@ -4,8 +4,8 @@ import gzip
 import hashlib
 import http.client
 import os
-import shutil
 import ssl
+import struct
 import urllib.error
 import urllib.request
 import zipfile
@@ -17,11 +17,15 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from mini.errors import UserError
-from mini.storage import atomic_file
+from mini.storage import atomic_file, locked
 
 ATTEMPTS = 20  # times a transfer that broke off is taken up again, as long as each brings more of it
 TIMEOUT = 30  # seconds without a byte
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, ssl.SSLError, TimeoutError)
+
+BAD_ARCHIVE = (
+    ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,25 +68,25 @@ def fetch_known(name: str) -> Path:
     """The unpacked file of a known corpus, from the cache folder or else from its address.
 
     Without a network, put it into the cache folder by hand: as NAME.txt or NAME, or packed, as NAME.zip or
-    NAME.gz. One process at a time may fetch. Raises UserError where it cannot be had, or is something else.
+    NAME.gz. Raises UserError where it cannot be had, or is something else.
     """
     folder = cache_folder()
     try:
-        return fetch_into(folder, name)
+        with locked(folder / name, wait=True):  # two processes share one download
+            return fetch_into(folder, name)
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror or error}; MINI_CACHE can name another folder") from None
 
 
 def fetch_into(folder: Path, name: str) -> Path:
     known, target, part = KNOWN[name], folder / f"{name}.txt", folder / f"{name}.part"
-    folder.mkdir(parents=True, exist_ok=True)
     for given in [target, *(folder / f"{name}{ending}" for ending in (".zip", ".gz", ".txt.gz", ""))]:
         if given.is_file():
             wrong = difference(given, known) if given == target else unpack(given, target, known)
             if wrong:
                 raise UserError(f"{given}: not {name} ({wrong}); remove the file to have it fetched anew")
             return target
-    if failure := download(known.url, part):
+    if failure := download(known.url, part, known.size):
         packed = folder / (name + Path(known.url).suffix)
         places = target if packed == target else f"{packed}, or unpacked at {target}"
         by_hand = f"put that file ({known.size:,} bytes when unpacked) at {places}, or give a path as --data"
@@ -94,10 +98,11 @@ def fetch_into(folder: Path, name: str) -> Path:
     return target
 
 
-def download(url: str, part: Path) -> str | None:
+def download(url: str, part: Path, most: int) -> str | None:
     """Downloads to the file `part`, going on from what it holds. Returns why that failed, None if it did not.
 
-    What has come stays for the next call. A server that cannot go on in the middle sends all of it again.
+    What has come stays for the next call. A server that cannot go on in the middle sends all of it again. most: bytes
+    of the unpacked file, than which no packed one is much larger.
     """
     failure = None
     for _ in range(ATTEMPTS):
@@ -109,24 +114,32 @@ def download(url: str, part: Path) -> str | None:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
                 # 206: the rest comes. 200: the server does not know Range, and begins at the start.
                 begin = have if answer.status == 206 else 0
-                length = answer.headers.get("Content-Length")
-                total = begin + int(length) if length else None
-                shown = dict(total=total, initial=begin, desc=part.stem, disable=None)
-                with open(part, "ab" if begin else "wb") as file, tqdm.wrapattr(answer, "read", **shown) as watched:
-                    shutil.copyfileobj(watched, file)
+                length = answer.headers.get("Content-Length") or ""
+                total = begin + int(length) if length.isdecimal() else None
+                with open(part, "ab" if begin else "wb") as file, tqdm(
+                    total=total, initial=begin, desc=part.stem, unit="B", unit_scale=True, disable=None
+                ) as bar:  # fmt: skip
+                    while chunk := answer.read1(2**16):  # whatever has come, before the connection breaks
+                        file.write(chunk)
+                        bar.update(len(chunk))
+                        if file.tell() > 1.1 * most + 2**20:
+                            raise ValueError("it is larger than it should be")
             arrived = part.stat().st_size
             if total is None or arrived == total:  # a connection that broke looks like a file's end
                 return None
             failure = f"the connection broke after {arrived:,} of {total:,} bytes"
         except urllib.error.HTTPError as error:
             if error.code != 416:
-                return f"the server answered {error.code} {error.reason}"
+                return f"the server answered {error.code} {error.reason!r}"
             if error.headers.get("Content-Range") == f"bytes */{have}":  # nothing is missing
                 return None
             part.unlink()  # it is longer than the file it should be a part of
             continue
+        except ValueError as error:  # too large, or sent on to what is no address
+            part.unlink(missing_ok=True)
+            return str(error).encode("unicode_escape").decode()
         except NETWORK_ERRORS as error:
-            failure = str(getattr(error, "reason", "") or error)
+            failure = str(getattr(error, "reason", "") or error).encode("unicode_escape").decode()
         if not part.exists() or part.stat().st_size <= have:
             break
     return failure
@@ -137,11 +150,12 @@ def unpack(packed: Path, target: Path, known: KnownCorpus) -> str | None:
     try:
         with open_unpacked(packed) as file, atomic_file(target) as temporary:
             with open(temporary, "wb") as copy:
-                shutil.copyfileobj(file, copy)
+                while copy.tell() <= known.size and (chunk := file.read(2**20)):
+                    copy.write(chunk)
             if wrong := difference(temporary, known):
                 raise ValueError(wrong)  # leaves atomic_file before it gives the file its name
-    except (ValueError, EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile) as error:
-        return str(error)
+    except BAD_ARCHIVE as error:
+        return str(error) or type(error).__name__
     return None
 
 

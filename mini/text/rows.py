@@ -70,8 +70,9 @@ def read_table(text: str, path: Path, columns: list[str]) -> list[tuple[str, dic
 def parse_json_row(text: str, place: str) -> dict:
     try:
         row = json.loads(text)
+        json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a character, "\ud83d"; UTF-8 cannot
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({error})") from None
+        raise UserError(f"{place}: not JSON, or not UTF-8 ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected an object {{...}}")
     return {name: value for name, value in row.items() if isinstance(value, str | int | float)}

@@ -25,12 +25,20 @@ from tqdm import tqdm
 
 from mini.errors import UserError
 from mini.storage import read_json
-from mini.text.tokenizer_base import END_OF_TEXT, SPACE, ByteTokenizer, Tokenizer, blocks, character_classes, to_bytes
+from mini.text.tokenizer_base import (
+    END_OF_TEXT,
+    MAX_GAP,
+    SPACE,
+    ByteTokenizer,
+    Tokenizer,
+    blocks,
+    character_classes,
+    to_bytes,
+)
 from mini.text.wordpiece import WordPieceTokenizer, load_vocab, load_wordpiece
 
 # GPT-2's split as tiktoken writes it: the same pieces as from the published code, but faster.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-MAX_ID = 2**24  # a larger id means a damaged file
 
 
 # ---------------------------------------------------------------- splitting
@@ -155,7 +163,13 @@ class BPETokenizer(Tokenizer):
         super().__init__(ranks.items(), special)
         self.ranks, self.pattern = ranks, pattern
         self.byte_ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
-        self.encoding = tiktoken.Encoding("mini", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        try:
+            self.encoding = tiktoken.Encoding("mini", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+            self.encoding.encode("a b")
+        except BaseException as error:  # a panic in Rust is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise ValueError(f"the pattern {pattern[:40]!r} is none that tiktoken splits texts by") from None
 
     def remade(self, special: dict[str, int]) -> "BPETokenizer":
         return BPETokenizer(self.ranks, special, self.pattern)
@@ -302,8 +316,8 @@ def checked_ranks(entries: list[tuple[str, bytes, int]], path: str | Path) -> di
     """{token: rank} from (place, token, rank). Raises UserError unless they give every text one code."""
     ranks, taken = {}, set()
     for place, token, rank in entries:
-        if not isinstance(rank, int) or not 0 <= rank < MAX_ID:
-            raise UserError(f"{place}: token {token!r} has rank {rank!r}; it should be in 0..{MAX_ID - 1}")
+        if type(rank) is not int or not 0 <= rank < len(entries) + MAX_GAP:
+            raise UserError(f"{place}: token {token!r} has rank {str(rank)[:40]}; of {len(entries):,} that is too high")
         if token in ranks or rank in taken:
             raise UserError(f"{place}: token {token!r} or its rank {rank} is there for the second time")
         ranks[token] = rank

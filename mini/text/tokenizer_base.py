@@ -21,6 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 # Unicode's White_Space, which is tiktoken's \s. Python's \s has four control characters (x1c-x1f) more.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 BLOCK = 100_000  # characters
+MAX_GAP = 2**16  # ids that may stay unused: more mean a damaged file
 WORD_BYTES = {b for b in range(256) if b >= 0x80 or chr(b).isalnum()}  # an accent or a character of any script too
 
 
@@ -78,6 +79,8 @@ class Tokenizer:
 
     def __init__(self, tokens: Iterable[tuple[bytes, int]], special: dict[str, int]):
         tokens = list(tokens)
+        if not all(type(i) is int and 0 <= i < len(tokens) + MAX_GAP for i in special.values()):
+            raise ValueError(f"special tokens have ids from 0 on, not much beyond the others: {str(special)[:80]}")
         self.special = dict(sorted(special.items(), key=lambda item: item[1]))
         self.eot = special.get(END_OF_TEXT)
         self.cls, self.sep, self.mask, self.pad = map(special.get, ("[CLS]", "[SEP]", "[MASK]", "[PAD]"))

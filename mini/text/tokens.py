@@ -10,6 +10,8 @@ All numbers are little-endian. A tokenizer's end-of-text token, if it has one, s
 as its first: so that every byte of text, the first too, is predicted from something.
 """
 
+import contextlib
+import hashlib
 import itertools
 import os
 import re
@@ -23,12 +25,12 @@ import numpy as np
 from tqdm import tqdm
 
 from mini.flags import UserError, from_dict
-from mini.storage import atomic_folder, read_json, sha256, write_json
+from mini.storage import atomic_folder, locked, read_json, sha256, write_json, write_text
 from mini.text.corpus import DataConfig, TextSplit, fingerprint, open_corpus
 from mini.text.fetch import cache_folder
 from mini.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
-FORMAT = "mini tokens 1"
+FORMAT = "mini tokens 2"
 BPE_BYTES = 10_000_000  # of text, evenly spread over the corpus, are what a BPE is trained on
 BATCH = 2**19  # bytes of text, of one document or many, that a thread encodes at a time
 # Some text, encoded: its tokens, the places in them where documents and where sentences start, its bytes.
@@ -55,7 +57,7 @@ class Counts:
     n_documents: int
     n_sentences: int
     n_bytes: int
-    sha256: str
+    sha256: str  # of its tokens
 
 
 @dataclass
@@ -64,12 +66,26 @@ class Splits:
     valid: Counts
 
 
+@dataclass
+class Meta:
+    """meta.json."""
+
+    format: str
+    dtype: str
+    tokenizer: dict  # its kind and fingerprint
+    vocab_size: int
+    eot: int | None
+    splits: Splits
+    source: str  # of what, and how, it was made
+    sha256: dict[str, str]  # of every file
+
+
 @dataclass(frozen=True)
 class TokenFolder:
     path: Path
     train: TokenFile
     valid: TokenFile
-    meta: dict  # meta.json
+    meta: Meta
 
 
 def is_token_folder(path: str | Path) -> bool:
@@ -82,12 +98,36 @@ def open_tokens(path: str | Path) -> TokenFolder:
     if not is_token_folder(path):
         raise UserError(f"{path}: not a token folder; `python -m mini tokens FILE --out {path}` makes one")
     where = path / "meta.json"
-    meta = read_json(where)
-    if meta.get("format") != FORMAT or meta.get("dtype") not in ("uint16", "uint32"):
+    values = read_json(where)
+    if values.get("format") != FORMAT or values.get("dtype") not in ("uint16", "uint32"):
         raise UserError(f"{where}: not of the format {FORMAT!r}; make the token folder anew")
-    splits = from_dict(Splits, meta.get("splits"), f"{where}: damaged, make the token folder anew: splits")
-    train, valid = (open_split(path / name, meta["dtype"], counts) for name, counts in vars(splits).items())
-    return TokenFolder(path, train, valid, meta)
+    meta = from_dict(Meta, values, f"{where}: damaged, make the token folder anew")
+    train, valid = (open_split(path / name, meta.dtype, counts) for name, counts in vars(meta.splits).items())
+    folder = TokenFolder(path, train, valid, meta)
+    verify(folder)
+    return folder
+
+
+def verify(folder: TokenFolder) -> None:
+    """Raises UserError where a file is not what was written; looks at all of them once, and when one was touched."""
+    path, sums = folder.path, folder.meta.sha256
+    files = [path / "meta.json", *(path / name for name in sums)]
+    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    key = hashlib.sha256(str([str(path.resolve()), seen]).encode()).hexdigest()
+    remembered = cache_folder() / "verified" / key[:32]
+    if remembered.exists():
+        return
+    for name, checksum in sums.items():
+        if Path(name).name != name or not (path / name).is_file() or sha256(path / name) != checksum:
+            raise UserError(f"{path / name}: damaged, or of another folder; make the token folder anew")
+    for split in (folder.train, folder.valid):
+        if len(split.tokens) and int(split.tokens.max()) >= folder.meta.vocab_size:
+            raise UserError(f"{path}: tokens beyond its vocabulary of {folder.meta.vocab_size:,}; make it anew")
+        for places in (split.documents, split.sentences):
+            if len(places) and (int(places[-1]) >= len(split.tokens) or (places[1:] < places[:-1]).any()):
+                raise UserError(f"{path}: documents or sentences that begin beyond its text; make it anew")
+    with contextlib.suppress(OSError):  # then it is looked at again
+        write_text(remembered, "")
 
 
 def open_split(path: Path, dtype: str, counts: Counts) -> TokenFile:
@@ -126,8 +166,9 @@ def prepare_tokens(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | N
     trained = f"bpe{vocab_size}" + f"-{len(special)}" * bool(special)
     name = f"{tokenizer.kind}-{tokenizer.fingerprint[:12]}" if tokenizer else trained
     path = cache_folder() / "tokens" / f"{fingerprint(config)[:24]}-{name}"
-    if not is_token_folder(path):
-        write_token_folder(config, vocab_size, tokenizer, path, special=special)
+    with locked(path, wait=True):  # two runs that need the same text for the first time
+        if not is_token_folder(path):
+            write_token_folder(config, vocab_size, tokenizer, path, special=special)
     return open_tokens(path), load_tokenizer(path)
 
 
@@ -137,12 +178,23 @@ def write_token_folder(config: DataConfig, vocab_size: int, tokenizer: Tokenizer
     train, valid = open_corpus(config)
     if not tokenizer:
         tokenizer = make_tokenizer(config.tokenizer, lambda: train.texts(limit=BPE_BYTES), vocab_size, special)
-    return write_tokens({"train": train, "valid": valid}, tokenizer, out, workers=workers)
+    splits = {"train": train, "valid": valid}
+    return write_tokens(splits, tokenizer, out, workers=workers, source=made_of(config, vocab_size))
+
+
+def made_of(config: DataConfig, vocab_size: int) -> str:
+    """Tells whether the same command would make the same token folder."""
+    return hashlib.sha256(f"{fingerprint(config)} {config.tokenizer} {vocab_size}".encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- writing
 def write_tokens(
-    splits: dict[str, TextSplit], tokenizer: Tokenizer, out: str | Path, progress: bool = True, workers: int = 0
+    splits: dict[str, TextSplit],
+    tokenizer: Tokenizer,
+    out: str | Path,
+    progress: bool = True,
+    workers: int = 0,
+    source: str = "",
 ) -> TokenFolder:
     """Encodes {"train": ..., "valid": ...} into the folder `out`, which is there once it is whole; opens it.
 
@@ -155,7 +207,7 @@ def write_tokens(
     workers = workers or os.cpu_count() or 1
     made_with = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
     meta = dict(format=FORMAT, dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32", tokenizer=made_with)
-    meta |= dict(vocab_size=tokenizer.vocab_size, eot=tokenizer.eot, splits={})
+    meta |= dict(vocab_size=tokenizer.vocab_size, eot=tokenizer.eot, source=source, splits={})
     total = splits["train"].n_bytes + splits["valid"].n_bytes
     hidden = None if progress else True  # None: tqdm shows itself on a terminal only
     bar = tqdm(desc="encoding", total=total, unit="B", unit_scale=True, disable=hidden)
@@ -164,6 +216,7 @@ def write_tokens(
         for name in ("train", "valid"):
             batches = encode_batches(splits[name], tokenizer, pool, ahead=2 * workers)
             meta["splits"][name] = asdict(write_split(folder / name, meta["dtype"], batches, bar))
+        meta["sha256"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
         write_json(folder / "meta.json", meta)
     return open_tokens(out)
 

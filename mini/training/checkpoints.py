@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,10 @@ from mini.flags import UserError, from_dict
 from mini.model import int8, sparse
 
 LEARNING = "learning."  # before the names of what is never served
+FINAL = ("config.json", "tokenizer.json", "tokenizer.tiktoken", "vocab.txt", "model.safetensors")  # a finished run
+CHANGED = (
+    "damaged, or changed since the run was finished: copy it again (or, if it was meant to be, set MINI_UNCHECKED=1)"
+)
 
 
 @dataclass
@@ -26,7 +31,9 @@ class State:
     tokens: int
     seconds: float
     train_seconds: float
-    best: dict | None
+    best: dict | None  # the figures of the best step so far, and
+    best_sha256: str  # of its weights, in best-STEP.safetensors
+    config: str  # SHA-256 of the config.json of the run that it belongs to
     sha256: dict[str, str]
     check: str  # of all of the above
 
@@ -46,9 +53,34 @@ def save_model(model: nn.Module, folder: Path) -> dict:
     return figures | {"bytes": (folder / "model.safetensors").stat().st_size}
 
 
+def write_result(folder: Path, result: dict) -> None:
+    """result.json: the final figures, and checksums of all that the finished run is."""
+    files = [folder / name for name in FINAL if (folder / name).is_file()]
+    content = {**result, "sha256": {path.name: storage.sha256(path) for path in files}}
+    storage.write_json(folder / "result.json", {**content, "check": digest(content)})
+
+
 def read_result(folder: Path) -> dict | None:
-    """The final figures of a finished run, None for an unfinished one."""
-    return storage.read_json(folder / "result.json") if (folder / "result.json").is_file() else None
+    """The final figures of a finished run, None for an unfinished one. Raises UserError where they were changed."""
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    result = storage.read_json(path)
+    check, whole = result.pop("check", None), digest(result)
+    if check not in (None, whole) and not os.environ.get("MINI_UNCHECKED"):
+        raise UserError(f"{path}: {CHANGED}")
+    return {name: value for name, value in result.items() if name != "sha256"}
+
+
+def check_files(folder: Path) -> None:
+    """Raises UserError where a file of a finished run is not what it was then."""
+    if not (folder / "result.json").is_file() or os.environ.get("MINI_UNCHECKED"):
+        return
+    read_result(folder)
+    checksums = storage.read_json(folder / "result.json").get("sha256", {})  # none in runs of older versions
+    for name, checksum in checksums.items():
+        if not (folder / name).is_file() or storage.sha256(folder / name) != checksum:
+            raise UserError(f"{folder / name}: {CHANGED}")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -59,11 +91,47 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizers: list, state: dic
         storage.save_tensors(temporary / "model.safetensors", storage.weights(model))
         storage.save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizers))
         checksums = {file.name: storage.sha256(file) for file in sorted(temporary.iterdir())}
-        content = {**state, "sha256": checksums}
+        content = {**state, "config": config_sha256(folder), "sha256": checksums}
         storage.write_json(temporary / "state.json", {**content, "check": digest(content)})
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
+    if state["best"]:  # what no checkpoint needs any more
+        needed = [read_state(kept).best for kept in checkpoints(folder)]
+        drop_best(folder, lambda step: step < min(best["best_step"] for best in needed if best))
     return path
+
+
+def config_sha256(folder: Path) -> str:
+    path = folder / "config.json"
+    return storage.sha256(path) if path.is_file() else ""
+
+
+def best_file(folder: Path, step: int) -> Path:
+    return folder / f"best-{step:08d}.safetensors"
+
+
+def drop_best(folder: Path, unneeded: Callable[[int], bool]) -> None:
+    for path in folder.glob("best-*.safetensors"):
+        if unneeded(int(path.stem.removeprefix("best-"))):
+            path.unlink()
+
+
+def keep_best(folder: Path, model: nn.Module, step: int) -> str:
+    """Writes the weights of the best step so far; returns their checksum."""
+    storage.save_tensors(best_file(folder, step), served(model))
+    if not checkpoints(folder):  # then a run that is interrupted begins anew
+        drop_best(folder, lambda other: other < step)
+    return storage.sha256(best_file(folder, step))
+
+
+def load_best(folder: Path, model: nn.Module, state: dict) -> None:
+    """Puts the weights of the best step into place. Raises UserError where they are not those that were measured."""
+    path = best_file(folder, state["best"]["best_step"])
+    if not path.is_file() or storage.sha256(path) != state["best_sha256"]:
+        raise UserError(
+            f"{path}: missing or damaged: the weights of the best step are lost; --overwrite true begins anew"
+        )
+    storage.load_weights(model, storage.load_tensors(path), path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -76,16 +144,27 @@ def newest_checkpoint(folder: Path, say: Callable = lambda text: None, before: i
     for path in reversed(checkpoints(folder)):
         if before is not None and step_of(path) >= before:
             continue
-        try:
-            state = vars(read_state(path))
-            whole = state.pop("check") == digest(state)
-            whole = whole and all(storage.sha256(path / name) == value for name, value in state["sha256"].items())
-        except (UserError, FileNotFoundError):
-            whole = False
-        if whole:
+        if not (wrong := difference(path)):
             return path
-        say(f"{path} is damaged (its checksums do not match) and passed over")
+        say(f"{path} {wrong} and is passed over")
     return None
+
+
+def difference(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    folder = path.parents[1]
+    try:
+        state = vars(read_state(path))
+        files = {path / name: checksum for name, checksum in state["sha256"].items()}
+        if state["best"]:
+            files[best_file(folder, state["best"]["best_step"])] = state["best_sha256"]
+        whole = state.pop("check") == digest(state) and step_of(path) == state["step"]
+        whole = whole and all(storage.sha256(file) == checksum for file, checksum in files.items())
+    except (UserError, OSError, KeyError, TypeError, ValueError):
+        whole = False
+    if whole and state["config"] != config_sha256(folder):
+        return "belongs to another run"
+    return None if whole else "is damaged (its checksums do not match)"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -107,7 +186,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list) -> dict:
             # Copies: the file is only mapped, and an optimizer writes into its state.
             optimizer.state[parameter] = {key: t.to(parameter.device, copy=True) for key, t in found.items()}
     state = vars(read_state(path))
-    return {name: value for name, value in state.items() if name not in ("sha256", "check")}
+    return {name: value for name, value in state.items() if name not in ("config", "sha256", "check")}
 
 
 def read_state(checkpoint: Path) -> State:
@@ -141,9 +220,9 @@ def read_metrics(folder: Path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             row = json.loads(line)
-        except ValueError:  # the line during which the process was killed
+        except (ValueError, RecursionError):  # the line during which the process was killed
             break
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("loss"), float):
             rows.append(row)
     return rows
 
@@ -151,7 +230,9 @@ def read_metrics(folder: Path) -> list[dict]:
 def rewind(folder: Path, step: int) -> None:
     """Drops what came after the checkpoint from which a run goes on: log lines, damaged and unfinished checkpoints."""
     later = [path for path in checkpoints(folder) if step_of(path) > step]
-    for path in [*later, *(folder / "checkpoints").glob(".step-*.tmp")]:
+    for path in later:
         shutil.rmtree(path)
+    storage.sweep(folder / "checkpoints")
+    drop_best(folder, lambda best: best > step)
     text = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
     storage.write_text(folder / "metrics.jsonl", text)

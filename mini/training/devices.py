@@ -23,12 +23,7 @@ class World:
     def __init__(self, device: str):
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
-        try:
-            self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-        except UserError as error:  # perhaps more processes than GPUs: rank 0 would not know
-            if self.rank:
-                print(f"error: rank {self.rank}: {error}", file=sys.stderr)
-            raise
+        self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         if self.size > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=4))  # rank 0 may tokenize for long

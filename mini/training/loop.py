@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mini.flags import Checked, UserError, option
-from mini.storage import load_tensors, load_weights, save_tensors, write_json
 from mini.tasks.base import Batch, Task
 from mini.tasks.order import mix
 from mini.training import checkpoints
@@ -46,7 +45,7 @@ class TrainConfig(Checked):
 
     steps: int = option(1000, "optimizer steps", low=0)
     epochs: float = option(0.0, "passes over the training data, instead of --steps", low=0)
-    batch_size: int = option(16, "global batch in sequences, over all ranks and accumulated parts", low=1)
+    batch_size: int = option(16, "global batch in sequences, over all ranks and parts", low=1, high=10**7)
     accumulation: int = option(1, "parts into which each rank cuts its share of the batch", low=1, resume=True)
     seed: int = option(1, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda, mps")
@@ -156,8 +155,9 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
                         raise diverged(done, f"the validation loss is {figures['val_loss']}", done, folder)
                     row |= {name: value for name, value in figures.items() if isinstance(value, float)}
                     world.say(f"step {done:>{len(str(steps))}}: " + describe(figures))
-                    if objective.best and (last or settled):
-                        keep_best(state, figures, objective.best, model, folder, world)
+                    if objective.best and (last or settled) and is_better(figures, state["best"], objective.best):
+                        state["best"] = {**figures, "best_step": done}
+                        state["best_sha256"] = checkpoints.keep_best(folder, model, done) if world.main else ""
                 if world.main:
                     checkpoints.append_metrics(folder, row)
             if world.main and falls_on(done, options.sample_every) and not last:
@@ -182,13 +182,13 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         "device": str(world.device), "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
     if world.main:
-        finish(model, result, folder)
+        finish(model, result, state, folder)
     return result
 
 
 def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> dict:
     """Puts the newest whole checkpoint into place, if there is one; returns how far the run has come."""
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "best": None}
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "best": None, "best_sha256": ""}
     if checkpoint := checkpoints.newest_checkpoint(folder, world.say):
         state |= checkpoints.load_checkpoint(checkpoint, model, optimizers)
         world.say(f"going on from {checkpoint}")
@@ -201,14 +201,14 @@ def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> di
     return state
 
 
-def finish(model: nn.Module, result: dict, folder: Path) -> None:
+def finish(model: nn.Module, result: dict, state: dict, folder: Path) -> None:
     """Writes the final weights, the picture, and last result.json, with which the run counts as finished."""
-    if (best := folder / "best.safetensors").exists():
-        load_weights(model, load_tensors(best), folder)
+    if "best_step" in result:
+        checkpoints.load_best(folder, model, state)
     result |= checkpoints.save_model(model, folder)
     plot_metrics(checkpoints.read_metrics(folder), folder / "loss.png")
-    write_json(folder / "result.json", result)
-    (folder / "best.safetensors").unlink(missing_ok=True)
+    checkpoints.write_result(folder, result)
+    checkpoints.drop_best(folder, lambda step: True)
 
 
 def micro_batch_size(options: TrainConfig, world: World) -> int:
@@ -303,16 +303,13 @@ def evaluate(model: nn.Module, task: Task, world: World, dtype: torch.dtype, bat
     return task.metrics(sums)
 
 
-def keep_best(state: dict, figures: dict, name: str, model: nn.Module, folder: Path, world: World) -> None:
-    """Remembers figures and weights if figures[name] is the best so far, or as good with a lower validation loss."""
+def is_better(figures: dict, best: dict | None, name: str) -> bool:
+    """Whether figures[name] is better than the best so far, or as good with a lower validation loss."""
 
     def rank(figures: dict) -> tuple[float, float]:
         return (-1 if name.endswith("loss") else 1) * figures[name], -figures["val_loss"]
 
-    if state["best"] is None or rank(figures) > rank(state["best"]):
-        state["best"] = {**figures, "best_step": state["step"]}
-        if world.main:
-            save_tensors(folder / "best.safetensors", checkpoints.served(model))
+    return best is None or rank(figures) > rank(best)
 
 
 def describe(figures: dict) -> str:

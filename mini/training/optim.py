@@ -18,9 +18,13 @@ class OptimConfig(Checked):
     """The optimizer and its schedule."""
 
     optimizer: str = option("muon", "Muon for the hidden matrices and AdamW for the rest, or AdamW", ("muon", "adamw"))
-    lr: float | None = option(None, "peak rate, with Muon that of hidden matrices; None: Muon 0.02, AdamW 0.001", low=0)
-    embed_lr: float = option(0.0, "AdamW's for embeddings; 0: lr, with Muon lr / 2", low=0)
-    head_lr: float = option(0.0, "AdamW's for an untied head, norms and biases; 0: lr, with Muon lr / 4", low=0)
+    lr: float | None = option(
+        None, "peak rate, with Muon that of hidden matrices; None: Muon 0.02, AdamW 0.001", low=0, high=1e37
+    )
+    embed_lr: float = option(0.0, "AdamW's for embeddings; 0: lr, with Muon lr / 2", low=0, high=1e37)
+    head_lr: float = option(
+        0.0, "AdamW's for an untied head, norms and biases; 0: lr, with Muon lr / 4", low=0, high=1e37
+    )
     schedule: str = option("trapezoidal", "shape after the warm-up", ("trapezoidal", "cosine", "linear", "constant"))
     warmup: float = option(0.02, "warm-up: share of the steps, or their number if 1 or more", low=0)
     cooldown: float = option(0.5, "share of the steps in which a trapezoidal schedule falls", low=0, high=1)

@@ -4,14 +4,16 @@ config.json        what the run is: kind, task, and every setting
 tokenizer.json     (and what it names) the tokenizer
 metrics.jsonl      one object for each logged step
 checkpoints/       step-00000250/ ...: weights, optimizer, state.json with their checksums
-best.safetensors   while training: the weights with the best validation figure, where the task keeps them
+best-00000120.safetensors   while training: the weights of the step with the best figure, where the task keeps them
 model.safetensors  the final weights, and
 result.json        the final figures: both are there once the run is finished
 """
 
+import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import nn
@@ -23,21 +25,31 @@ from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
 from mini.model.published import published_kind
 from mini.model.transformer import Model
-from mini.storage import atomic_folder, load_tensors, load_weights, read_json, remove_folder, weights, write_json
+from mini.storage import (
+    atomic_folder,
+    load_tensors,
+    load_weights,
+    loaded,
+    locked,
+    read_json,
+    remove,
+    weights,
+    write_json,
+)
 from mini.tasks import TASKS
 from mini.text.corpus import DataConfig
 from mini.text.tokenizer import Tokenizer, load_tokenizer
-from mini.training.checkpoints import LEARNING, newest_checkpoint
+from mini.training.checkpoints import LEARNING, check_files, newest_checkpoint
+from mini.training.devices import World
 from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
-
 MODELS: dict[str, type[Model]] = {"gpt": GPT, "bert": Bert}
-FORMAT = 2  # 1: finished runs open, but one that is not finished cannot go on, as training has changed
+FORMAT = 3  # of older ones finished runs open, but one that is not finished cannot go on, as training has changed
+RUN_FILES = re.compile(  # and folders, of which a run consists
+    r"(config|result|tokenizer)\.json|tokenizer\.tiktoken|vocab\.txt|metrics\.jsonl|loss\.png|checkpoints"
+    r"|(model|best.*)\.safetensors|\..*\.tmp"
+)
 MANY = 8  # differences between two runs: the others are only counted
 
 
@@ -71,7 +83,7 @@ def read_config(folder: str | Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"{folder}: not a run folder (it has no config.json); name one, or a new folder for --out")
     values = read_json(path)
-    if values.pop("format", None) not in (1, FORMAT):
+    if values.pop("format", None) not in range(1, FORMAT + 1):
         raise UserError(f"{path}: not written by this version of mini")
     config = from_dict(RunConfig, values, path)
     if config.kind not in MODELS or config.task not in TASKS:
@@ -105,18 +117,27 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu", kind: str |
 def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
     """The model alone, on the CPU: published weights may come without a tokenizer."""
     folder = Path(folder)
+    check_files(folder)
     if is_published(folder):
         model = MODELS[published_kind(folder)].from_published(folder)
     else:
         config = read_config(folder)
-        model, path = MODELS[config.kind](config.model), newest_weights(folder)
+        path = newest_weights(folder)
         tensors = {name: t for name, t in load_tensors(path).items() if not name.startswith(LEARNING)}
-        tensors = sparse.unpack(model, tensors, path)
-        if config.quant:
-            int8.prepare(model, int8.ranges_of(tensors))
-            if path.parent == folder:  # a checkpoint holds what still learns
-                int8.convert(model)
-        load_weights(model, tensors, folder)
+        with torch.device("meta"):
+            wanted = weights(MODELS[config.kind](config.model))
+        tensors = sparse.unpack(wanted, tensors, path)
+
+        def make() -> Model:
+            model = MODELS[config.kind](config.model)
+            sparse.take_masks(model, tensors)
+            if config.quant:
+                int8.prepare(model, int8.ranges_of(tensors))
+                if path.parent == folder:  # a checkpoint holds what still learns
+                    int8.convert(model)
+            return model
+
+        model = loaded(make, tensors, folder)
     if kind and model.kind != kind:
         raise UserError(f"{folder} holds a {model.kind.upper()}, but this needs a {kind.upper()}")
     return model.eval()
@@ -176,10 +197,10 @@ def read_labels(folder: str | Path) -> list[str]:
 
 
 # ---------------------------------------------------------------- beginning and going on
-def claim(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool, main: bool) -> IO | None:
-    """Makes the run's folder, or checks that the one there is the same run; all but the main process only check.
+@contextlib.contextmanager
+def claim(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool, world: World) -> Iterator[None]:
+    """Makes the run's folder, or checks that the one there is the same run; while active, no other trains in it.
 
-    Returns the main process's lock, which holds as long as it stays open.
     Raises UserError with the differences if the folder holds another run, or something else altogether.
     """
     if folder.exists() and not folder.is_dir():
@@ -187,11 +208,21 @@ def claim(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool
     for source in (config.init, config.distill and config.distill.get("init")):
         if source and Path(source).resolve() == folder.resolve():
             raise UserError(f"{folder}: --out is the run to start from, which stays; name another folder")
-    locked = lock(folder) if main else None
-    if overwrite and main and folder.exists() and any(folder.iterdir()):
-        read_config(folder)  # only a run is ever deleted
-        remove_folder(folder)
-    if folder.exists() and any(folder.iterdir()):
+    with contextlib.ExitStack() as held:
+
+        def make() -> None:
+            if world.main and not held.enter_context(locked(folder.resolve(), wait=False)):
+                raise UserError(f"{folder}: another process is training here")
+            make_folder(folder, config, tokenizer, overwrite and world.main)
+
+        world.main_first(make)
+        yield
+
+
+def make_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool) -> None:
+    if overwrite and folder.exists() and any(folder.iterdir()):
+        discard(folder, config)
+    if (folder / "config.json").exists():
         differences = compare(read_config(folder), config)
         if read_json(folder / "config.json")["format"] != FORMAT and not (folder / "result.json").exists():
             differences = ["it was begun by an older version, whose training was another"]
@@ -201,34 +232,31 @@ def claim(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool
             how = "Give the same flags to go on, another --out, or --overwrite true"
             raise UserError(f"{folder} holds another run: {'; '.join(differences)}. {how}")
     elif folder.exists():  # perhaps a link or a mounted disk: filled, not replaced; config.json last
+        strange = [path.name for path in folder.iterdir() if not RUN_FILES.fullmatch(path.name)]
+        if strange and not overwrite:
+            raise UserError(f"{folder}: not a run folder (there is {strange[0]!r}, and no config.json): name another")
         tokenizer.save(folder)
         config.save(folder)
     else:
         with atomic_folder(folder) as temporary:
             tokenizer.save(temporary)
             config.save(temporary)
-    return locked
 
 
-def lock(folder: Path) -> IO | None:
-    """Keeps other processes from training in this folder for as long as the returned file stays open.
+def discard(folder: Path, config: RunConfig) -> None:
+    """Deletes the run in a folder, for which only the files of a run are; all of it or, where that is refused, nothing.
 
-    The lock lies beside the folder, so that it outlives --overwrite.
+    Raises UserError where it is no run, or something lies in it that the new run reads, or another run.
     """
-    if fcntl is None:  # Windows
-        return None
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    file = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"{folder}: another process is training here") from None
-    except OSError:  # some network file systems have no locks
-        file.close()
-        return None
-    return file
+    read_config(folder)
+    named = [value for name, value in flatten(asdict(config)).items() if isinstance(value, str) and name != "labels"]
+    read = [Path(name) for name in named if name]
+    read += [path.parent for path in folder.rglob("*/config.json")]
+    for path in read:
+        with contextlib.suppress(OSError, ValueError):  # a text that cannot be a path
+            if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"--overwrite true: {path} lies in {folder}, and would be lost: name another --out")
+    remove(folder, [path.name for path in folder.iterdir() if RUN_FILES.fullmatch(path.name)])
 
 
 def compare(old: RunConfig, new: RunConfig) -> list[str]:

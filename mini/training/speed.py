@@ -37,7 +37,7 @@ class Speedometer:
         return self.figures(state["tokens"], state["train_seconds"]) if state["tokens"] else {}
 
     def figures(self, tokens: int, seconds: float) -> dict:
-        rate = tokens / seconds
+        rate = tokens / max(seconds, 1e-9)  # of a clock that stands still, too
         return {"tokens_per_s": rate} | ({"mfu": rate * self.work / self.peak} if self.work else {})
 
 

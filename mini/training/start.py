@@ -241,27 +241,24 @@ def train_run(
     )  # fmt: skip
     task.check(model)
     out = Path(s.job.out)
-    locked = world.main_first(lambda: runs.claim(out, config, s.tokenizer, s.job.overwrite, world.main))
-    result = read_result(out)
-    if result:
-        world.say(f"{out} is finished already: --overwrite true trains it anew, another --out trains another")
-    else:
-        world.say(prologue(model, task, world))
-        if sparse.masks_of(model) and not any(isinstance(method, sparse.HoldMasks) for method in methods):
-            methods = [*methods, sparse.HoldMasks(model)]
-        result = train(model, task, s.train, s.optim, out, world, objective, methods)
-
-    if world.main:
-        print("\n" + epilogue(task, result))
-        model, _ = runs.load_run(out, world.device)
-        if sample := task.sample(model):
-            print("\nA sample:\n" + "\n".join("    " + line for line in sample.splitlines()))
-        if task.command:
-            example = " ".join(shlex.quote(word) for word in task.example())
-            print(f"\nThe run is in {out}. Next: python -m mini {task.command} {out} {example}")
-        print(json.dumps(result))
-    if locked:
-        locked.close()
+    with runs.claim(out, config, s.tokenizer, s.job.overwrite, world):
+        result = read_result(out)
+        if result:
+            world.say(f"{out} is finished already: --overwrite true trains it anew, another --out trains another")
+        else:
+            world.say(prologue(model, task, world))
+            if sparse.masks_of(model) and not any(isinstance(method, sparse.HoldMasks) for method in methods):
+                methods = [*methods, sparse.HoldMasks(model)]
+            result = train(model, task, s.train, s.optim, out, world, objective, methods)
+        if world.main:
+            print("\n" + epilogue(task, result))
+            model, _ = runs.load_run(out, world.device)
+            if sample := task.sample(model):
+                print("\nA sample:\n" + "\n".join("    " + line for line in sample.splitlines()))
+            if task.command:
+                words = " ".join(shlex.quote(word) for word in (task.command, str(out), *task.example()))
+                print(f"\nThe run is in {out}. Next: python -m mini {words}")
+            print(json.dumps(result))
     world.wait()
 
 

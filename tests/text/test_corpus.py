@@ -5,9 +5,12 @@ import hashlib
 import http.server
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -336,8 +339,14 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Serves `content`, breaking off after `breaks[i]` bytes of the i-th answer; knows Range if `ranges`."""
 
     content, breaks, ranges, asked = b"", [], True, []
+    length, moved, reset, reason = None, None, False, None  # what it says instead, and whether it ends with a reset
 
     def do_GET(self):
+        if self.moved or self.reason:
+            self.send_response(302 if self.moved else 500, self.reason)
+            self.send_header("Location", self.moved or "")
+            self.end_headers()
+            return
         if self.content is None:
             self.send_error(404)
             return
@@ -350,12 +359,16 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if begin else 200)
-        self.send_header("Content-Length", str(len(self.content) - begin))
+        self.send_header("Content-Length", self.length or str(len(self.content) - begin))
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(self.content) - 1}/{len(self.content)}")
         self.end_headers()
         n = self.breaks.pop(0) if self.breaks else len(self.content)
         self.wfile.write(self.content[begin : begin + n])
+        if self.reset and n < len(self.content):
+            time.sleep(0.2)  # until what was sent has come
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
     def log_message(self, *arguments):
         pass
@@ -380,6 +393,7 @@ def known(tmp_path, monkeypatch, address):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.chdir(tmp_path)
     Server.content, Server.breaks, Server.ranges, Server.asked = FAKE, [], True, []
+    Server.length, Server.moved, Server.reset, Server.reason = None, None, False, None
     return tmp_path / "cache"
 
 
@@ -428,6 +442,34 @@ def test_wrong_download_is_refused_and_removed(known):
         assert os.listdir(known) == []
     Server.content = FAKE
     open_corpus("fake")
+
+
+def test_servers_that_say_odd_things(known):
+    Server.length = "abc"  # then only the checksum tells
+    open_corpus("fake")
+    (known / "fake.txt").unlink()
+    Server.length, Server.content = None, FAKE * 400
+    assert "larger than it should be" in refused("fake") and os.listdir(known) == []
+    Server.content, Server.reason = FAKE, "a\x1b[2Jb"
+    message = refused("fake")
+    assert "500" in message and "\x1b" not in message
+    Server.reason = None
+    for nonsense in ("http://", "file:///etc/passwd", "gopher://x/", "http://[/", "http://127.0.0.1:99999/"):
+        Server.moved = nonsense
+        refused("fake")
+    Server.moved = None
+    open_corpus("fake")
+
+
+def test_an_archive_that_says_it_is_small_is_not_unpacked_for_ever(known, tmp_path):
+    Server.content = gzip.compress(b"0" * 50_000_000)
+    assert "bytes instead of" in refused("fake") and os.listdir(known) == []
+
+
+def test_what_has_come_before_a_reset_is_kept(known):
+    Server.breaks, Server.reset = [3000], True
+    open_corpus("fake")
+    assert Server.asked == [None, "bytes=3000-"]
 
 
 def test_broken_download_goes_on_where_it_broke(known):

@@ -115,9 +115,9 @@ def test_tokens_are_the_text_document_by_document(tmp_path, splits, monkeypatch,
         assert file.sha256 == hashlib.sha256((tmp_path / "out" / f"{name}.tokens").read_bytes()).hexdigest()
     assert texts == DOCUMENTS
 
-    assert folder.meta["tokenizer"] == {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
-    assert folder.meta["vocab_size"] == tokenizer.vocab_size and folder.meta["eot"] == tokenizer.eot
-    assert folder.meta["splits"]["train"]["n_documents"] == len(folder.train.documents)
+    assert folder.meta.tokenizer == {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
+    assert folder.meta.vocab_size == tokenizer.vocab_size and folder.meta.eot == tokenizer.eot
+    assert folder.meta.splits.train.n_documents == len(folder.train.documents)
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
@@ -220,7 +220,7 @@ def test_failure_half_way_leaves_nothing_or_what_was_there(tmp_path, splits, mon
         write_tokens(splits, Failing(), tmp_path / "sub" / "out", progress=False)
     assert os.listdir(tmp_path / "sub") == ["out"] and open_tokens(tmp_path / "sub" / "out").meta == before
     after = write_tokens(splits, ByteTokenizer(), tmp_path / "sub" / "out", progress=False).meta
-    assert after["vocab_size"] == 257
+    assert after.vocab_size == 257
 
 
 def test_killed_half_way_leaves_nothing_that_looks_whole(tmp_path):

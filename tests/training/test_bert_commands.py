@@ -192,7 +192,7 @@ def squad_file(tmp_path_factory):
     return path
 
 
-def test_question_answering(run, squad_file, command, tmp_path):
+def test_question_answering(run, squad_file, command, tmp_path, monkeypatch):
     out = tmp_path / "qa"
     more = [
         "--train",
@@ -227,6 +227,7 @@ def test_question_answering(run, squad_file, command, tmp_path):
     assert result["f1"] >= result["exact_match"] >= 0 and "null_threshold" in result
     context, kept = "In year 117 it was cora who came.", json.loads((out / "result.json").read_text())
     for threshold, answers in ((1e9, True), (-1e9, False)):  # of no answer's score above the best span's
+        monkeypatch.setenv("MINI_UNCHECKED", "1")  # as it is changed on purpose
         (out / "result.json").write_text(json.dumps(kept | {"null_threshold": threshold}))
         asked = ["answer", out, "--question", "Who came?", "--context", context, "--show", 2]
         lines = command("-m", "mini", *asked).stdout.splitlines()
@@ -313,7 +314,7 @@ def test_what_is_read_is_not_written_over(classifier, run, reviews, command):
     before = (reviews / "valid.tsv").read_bytes()
     for flags in (["classify", classifier], ["embed", run]):
         done = command("-m", "mini", *flags, reviews / "valid.tsv", "--out", reviews / "valid.tsv", status=2)
-        assert "is the file to read" in done.stderr and (reviews / "valid.tsv").read_bytes() == before
+        assert "is not what this command writes" in done.stderr and (reviews / "valid.tsv").read_bytes() == before
 
 
 def test_a_file_is_not_a_text(classifier, documents, command):

@@ -1,0 +1,295 @@
+"""Nothing lost, nothing believed: what is overwritten, damaged, foreign or no number is refused in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, command_line, environment, last_json
+
+from mini import GPT, load_run
+from mini.flags import UserError, first_to_say
+from mini.storage import atomic_file, atomic_folder, load_tensors, remove, save_tensors
+from mini.training import checkpoints
+from mini.training.devices import World
+from mini.training.speed import Speedometer
+
+QUICK = [*TINY, "--sample_every", 0, "--eval_every", 0, "--log_every", 1, "--steps", 2]
+
+
+def refused(done, *words: str) -> None:
+    """One line, and these words in it."""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.fixture
+def run(gpt, tmp_path):
+    """A copy of a finished run, to be spoilt."""
+    shutil.copytree(gpt, tmp_path / "run")
+    return tmp_path / "run"
+
+
+# ---------------------------------------------------------------- loss of data
+def test_overwrite_deletes_the_run_alone(text_file, run, command):
+    (run / "notes.txt").write_text("mine")
+    command("train_gpt.py", "--data", text_file, *QUICK, "--out", run, "--overwrite", "true")
+    assert (run / "notes.txt").read_text() == "mine" and len(checkpoints.read_metrics(run)) == 2
+
+
+@pytest.mark.parametrize("inside", ["init", "data", "another"])
+def test_overwrite_refuses_where_something_is_read_or_another_run_lies_within(text_file, run, gpt, command, inside):
+    flags = ["train_gpt.py", "--steps", 2, "--device", "cpu", "--out", run, "--overwrite", "true"]
+    flags += TINY if inside != "init" else []
+    if inside == "data":
+        shutil.copy(text_file, run / "text.txt")
+        flags += ["--data", run / "text.txt"]
+    else:
+        shutil.copytree(gpt, run / "deeper" / "one")
+        flags += ["--data", text_file, *(["--init", run / "deeper" / "one"] if inside == "init" else [])]
+    before = sorted(run.rglob("*"))
+    refused(command(*flags, status=2), "lies in", "name another --out")
+    assert sorted(run.rglob("*")) == before
+
+
+def test_what_may_not_be_deleted_stays_whole(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("x")
+    (tmp_path / "b").write_text("b")
+    monkeypatch.setattr(os, "access", lambda path, mode: "a" not in str(path)[-2:])
+    with pytest.raises(PermissionError):
+        remove(tmp_path, ["b", "a"])
+    assert (tmp_path / "a" / "x").read_text() == "x" and (tmp_path / "b").read_text() == "b"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_outputs_replace_only_what_they_wrote(tmp_path, gpt, run, labelled, command):
+    weights = (run / "model.safetensors").read_bytes()
+    more = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv", "--steps", 1, "--out", tmp_path / "c"]
+    command("train_gpt.py", "--task", "classify", "--init", gpt, *more)
+    classify = ["-m", "mini", "classify", tmp_path / "c", "a text", "--out"]
+    (tmp_path / "link").symlink_to(tmp_path / "somewhere")
+    for out in (run / "model.safetensors", tmp_path / "link", tmp_path, labelled / "train.tsv", os.devnull):
+        refused(command(*classify, out, status=2), "--out")
+    assert (run / "model.safetensors").read_bytes() == weights and not (tmp_path / "somewhere").exists()
+    for _ in range(2):  # its own output it may replace
+        command(*classify, tmp_path / "labels.tsv")
+
+
+def test_an_empty_folder_whose_start_was_cut_short_is_filled(text_file, tmp_path, command):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tokenizer.json").write_text("{")  # killed before config.json was there
+    command("train_gpt.py", "--data", text_file, *QUICK, "--out", tmp_path / "run")
+    assert load_run(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    refused(command("train_gpt.py", "--data", text_file, *QUICK, "--out", tmp_path / "mine", status=2), "thesis.tex")
+
+
+def test_temporaries_of_dead_processes_go(tmp_path):
+    dead = 2**22 + 1  # above the highest number of a process
+    host = os.uname().nodename
+    (tmp_path / f".a.{dead}@{host}.tmp").write_text("x")
+    (tmp_path / f".b.{dead}@{host}.tmp").mkdir()
+    (tmp_path / f".c.{os.getpid()}@{host}.tmp").write_text("x")
+    (tmp_path / f".d.{dead}@elsewhere.tmp").write_text("x")
+    with atomic_file(tmp_path / "new") as path:
+        path.write_text("y")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [f".c.{os.getpid()}@{host}.tmp", f".d.{dead}@elsewhere.tmp", "new"]
+
+
+# ---------------------------------------------------------------- wrong, silently
+@pytest.fixture
+def kept_best(tmp_path, command):
+    """An unfinished run with best weights, and the command that goes on with it."""
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--train", tmp_path / "pairs.jsonl", "--valid", tmp_path / "pairs.jsonl"]
+    flags = ["train_gpt.py", "--task", "pairs", *files, *TINY, "--eval_every", 2, "--steps", 6, "--checkpoint_every", 4]
+    flags += ["--tokenizer", "bytes", "--optimizer", "adamw", "--lr", 0.003]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    result = last_json(command(*flags, "--out", whole))
+    kept = checkpoints.keep_best
+    return flags, whole, cut, result, kept
+
+
+def test_best_weights_are_those_that_were_measured(kept_best, command, monkeypatch):
+    flags, whole, cut, result, kept = kept_best
+
+    def killed(folder, model, step):
+        checksum = kept(folder, model, step)
+        if step == 6:
+            raise KeyboardInterrupt
+        return checksum
+
+    monkeypatch.setattr(checkpoints, "keep_best", killed)
+    command(*flags, "--out", cut, status=130)
+    monkeypatch.setattr(checkpoints, "keep_best", kept)
+    shutil.copytree(cut, cut.with_name("other"))
+    again = last_json(command(*flags, "--out", cut))
+    assert again["val_loss"] == result["val_loss"] and again["best_step"] == result["best_step"]
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not list(cut.glob("best-*"))
+    for best in cut.with_name("other").glob("best-*"):
+        best.write_bytes(best.read_bytes()[:-1] + b"\x01")
+    done = command(*flags, "--out", cut.with_name("other"), status=2)
+    assert "every checkpoint is damaged" in done.stderr
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(text_file, tmp_path, command):
+    flags = ["train_gpt.py", "--data", text_file, *TINY, "--sample_every", 0, "--eval_every", 0, "--log_every", 1]
+    flags += ["--steps", 6, "--checkpoint_every", 2]
+    for seed in (1, 2):
+        command(*flags, "--seed", seed, "--out", tmp_path / str(seed))
+    expected = (tmp_path / "1" / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "result.json"):
+        (tmp_path / "1" / name).unlink()
+    shutil.rmtree(tmp_path / "1" / "checkpoints" / "step-00000004")
+    shutil.copytree(tmp_path / "2" / "checkpoints" / "step-00000004", tmp_path / "1" / "checkpoints" / "step-00000004")
+    done = command(*flags, "--out", tmp_path / "1")
+    assert "belongs to another run" in done.stdout
+    assert (tmp_path / "1" / "model.safetensors").read_bytes() == expected
+
+
+def test_tokens_are_those_that_were_written(text_file, tmp_path, command):
+    made = ["-m", "mini", "tokens", text_file, "--tokenizer", "bytes", "--out"]
+    use = ["train_gpt.py", *TINY[2:], "--steps", 2, "--out", tmp_path / "run", "--data"]
+    for name in ("a", "b"):
+        command(*made, tmp_path / name)
+    tokens = np.memmap(tmp_path / "a" / "train.tokens", np.uint16, "r+")
+    tokens[5] += 1
+    tokens.flush()
+    refused(command(*use, tmp_path / "a", status=2), "train.tokens", "damaged")
+    command("-m", "mini", "tokens", text_file, "--vocab_size", 300, "--out", tmp_path / "bpe")
+    for name in ("tokenizer.json", "tokenizer.tiktoken"):
+        shutil.copy(tmp_path / "bpe" / name, tmp_path / "b" / name)
+    refused(command(*use, tmp_path / "b", status=2), "tokenizer.json")
+
+
+@pytest.mark.parametrize("flag", ["--data", "--init", "--valid", "--tokenizer", "--out", "--separator"])
+def test_an_empty_value_is_refused(flag, command):
+    refused(command("train_gpt.py", flag, "", status=2), f"{flag}: it is empty")
+
+
+def test_weights_that_are_no_numbers(run, tmp_path, command):
+    tensors = {name: tensor.clone() for name, tensor in load_tensors(run / "model.safetensors").items()}
+    next(iter(tensors.values())).view(-1)[3] = float("nan")
+    (run / "model.safetensors").unlink()
+    save_tensors(run / "model.safetensors", tensors)
+    (run / "result.json").unlink()  # which has their checksum
+    for line in (["-m", "mini", "sample", run, "A"], ["compress.py", "prune", run, "--out", tmp_path / "x"],
+                 ["compress.py", "quantize", run, "--out", tmp_path / "x"]):  # fmt: skip
+        refused(command(*line, status=2), "no numbers")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("label", ["go\\tod", "go\\nod"])
+def test_labels_of_several_lines(tmp_path, label, command):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "label": "{label}"}}\n{{"text": "b", "label": "bad"}}\n')
+    files = ["--train", tmp_path / "a.jsonl", "--valid", tmp_path / "a.jsonl"]
+    done = command("train_gpt.py", "--task", "classify", *files, *TINY, "--out", tmp_path / "run", status=2)
+    refused(done, "a.jsonl:1", "tabs or line breaks")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "result.json"])
+def test_a_finished_run_that_was_changed(run, name, command, monkeypatch):
+    path = run / name
+    content = path.read_bytes()
+    at = content.rindex(b"7") if name != "model.safetensors" else len(content) - 1
+    path.write_bytes(content[:at] + bytes([content[at] ^ 3]) + content[at + 1 :])
+    refused(command("-m", "mini", "sample", run, "A", status=2), name)
+    monkeypatch.setenv("MINI_UNCHECKED", "1")
+    if name in ("model.safetensors", "result.json"):
+        command("-m", "mini", "sample", run, "A", "--max_new_tokens", 2)
+
+
+# ---------------------------------------------------------------- too much
+def test_shapes_are_compared_before_a_model_is_built(tmp_path, monkeypatch):
+    shutil.copytree("tests/fixtures/gpt2", tmp_path / "gpt2")
+    config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config | {"n_embd": 2**20, "n_head": 2, "n_layer": 1000}))
+    with pytest.raises(UserError, match="do not fit"):
+        GPT.from_published(tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config | {"n_layer": 10**9}))
+    with pytest.raises(UserError, match="n_layers"):
+        GPT.from_published(tmp_path / "gpt2")
+
+
+def test_a_pickle_of_odd_tensors(tmp_path):
+    shutil.copytree("tests/fixtures/gpt2", tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "model.safetensors").unlink(missing_ok=True)
+    for odd in ({1: torch.ones(2)}, {"a": torch.ones(1).expand(10**9)}, {"a": torch.ones(3).to_sparse()}, {"a": 1}):
+        torch.save(odd, tmp_path / "gpt2" / "pytorch_model.bin")
+        with pytest.raises(UserError, match="name: tensor"):
+            GPT.from_published(tmp_path / "gpt2")
+
+
+# ---------------------------------------------------------------- no traceback
+def test_half_a_character(run, command):
+    done = command("-m", "mini", "sample", run, "a \udcff b", "--max_new_tokens", 2)
+    assert done.stdout
+
+
+def test_metrics_that_are_none(run):
+    (run / "metrics.jsonl").write_text('{"step": "x", "loss": 1.0}\n{"step": 3, "loss": 2.5}\n' + "[" * 100_000 + "\n")
+    assert [row["step"] for row in checkpoints.read_metrics(run)] == [3]
+
+
+def test_another_process_waits_for_the_same_folder(tmp_path):
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("1")
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("2")
+    assert (tmp_path / "a" / "x").read_text() == "2" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_of_many_processes_each_mistake_is_said_once(tmp_path, monkeypatch):
+    (tmp_path / "0").mkdir()
+    said = []
+    for rank, message in ((1, "error: only here"), (0, "error: all"), (1, "error: all")):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        said += [message] if first_to_say(message) else []
+    assert said == ["error: only here", "error: all"]
+
+
+def test_an_error_of_another_rank_is_seen(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("""if True:
+        import os, time
+        from mini.flags import UserError, run_command
+        def main(argv):
+            if os.environ["RANK"] == "1":
+                raise UserError("here alone")
+            time.sleep(60)
+        run_command(main)
+    """)
+    done = subprocess.run(command_line(script, torchrun=2), capture_output=True, text=True, env=environment(tmp_path))
+    assert done.returncode and done.stderr.count("error: here alone\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flag", ["--n_layers", "--d_model", "--d_ff", "--n_heads", "--batch_size", "--max_len", "--lr"]
+)
+def test_sizes_that_nobody_has(flag, text_file, tmp_path, command):
+    flags = ["train_gpt.py", "--data", text_file, *TINY[:2], "--steps", 1, flag, "1e18" if flag != "--lr" else "1e308"]
+    refused(command(*flags, "--out", tmp_path / "run", status=2), flag)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_temperature_that_float32_has_not(run, command):
+    cold, greedy = (
+        command("-m", "mini", "sample", run, "The", "--temperature", t, "--max_new_tokens", 5).stdout
+        for t in ("1e-46", "0")
+    )
+    assert cold == greedy
+
+
+def test_a_clock_that_stands_still(gpt):
+    model = load_run(gpt)[0]
+    state = {"tokens": 0, "train_seconds": 0.0}
+    speed = Speedometer(model, 0, torch.float32, World("cpu"), state)
+    assert speed.overall({"tokens": 5, "train_seconds": 0.0})["tokens_per_s"] > 0
