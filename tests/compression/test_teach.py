@@ -228,6 +228,7 @@ def test_more_refusals(gpt, classifier, text_file, tmp_path, command):
     shutil.copytree(gpt, tmp_path / "bad")
     tensors = {name: torch.zeros_like(t) for name, t in load_tensors(gpt / "model.safetensors").items()}
     save_tensors(tmp_path / "bad" / "model.safetensors", tensors)
+    (tmp_path / "bad" / "result.json").unlink()  # which has the checksum of others
     assert "no better than chance" in distill_here(tmp_path / "bad", *again)
     assert read_result(tmp_path / "a")["steps"] == 2  # still there
     for flags, name in (

@@ -186,7 +186,7 @@ def test_divergence_stops_the_run(text_file, tmp_path, command):
     assert error.startswith("error: step 2: ") and "smaller --lr" in error
     assert "checkpoint: none" in error  # step-00000001 is there, but its weights are what failed
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    last = [*more[:-1], tmp_path / "last", "--steps", 1, "--lr", 1e37]
+    last = [*more[:-1], tmp_path / "last", "--steps", 1, "--lr", 1e38]
     error = command(*flags, *last, status=2).stderr.strip().splitlines()[-1]
     assert "the validation loss is" in error and not (tmp_path / "last" / "result.json").exists()
 
