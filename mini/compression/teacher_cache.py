@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini.flags import UserError
+from mini.errors import UserError
 from mini.storage import digest_tensors, load_tensors, save_tensors, weights
 
 
