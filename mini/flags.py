@@ -28,7 +28,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 # ---------------------------------------------------------------- a dataclass of options
-def option(default, help: str, choices: tuple[str, ...] = (), low: float = -math.inf, high: float = math.inf, **extra):
+def option(default, help: str, choices: tuple = (), low: float = -math.inf, high: float | None = None, **extra):
     """A dataclass field with its line of --help, and what it may be: one of the choices, or within low..high.
 
     extra: flag=False is no flag; positional="1" or "+" has no --name; resume=True may differ when a run goes on;
@@ -38,18 +38,22 @@ def option(default, help: str, choices: tuple[str, ...] = (), low: float = -math
     return field(metadata=dict(help=help, choices=choices, low=low, high=high, **extra), **start)
 
 
+LARGEST = {int: 2**31, float: 1e38}  # where an option says nothing else: no size is larger, no float32 much
+
+
 class Checked:
     """A dataclass of options; UserError for a value outside its field's choices or bounds, as nan always is."""
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices", ())
-            low, high = f.metadata.get("low", -math.inf), f.metadata.get("high", math.inf)
+            low, high = f.metadata.get("low", -math.inf), f.metadata.get("high")
             if choices and value not in choices:
                 raise UserError(f"--{f.name} {value}: choose one of {', '.join(choices)}{nearest(str(value), choices)}")
             for number in value if isinstance(value, list) else [value]:
-                if isinstance(number, int | float) and not (low <= number <= high and math.isfinite(number)):
-                    bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
+                most = LARGEST.get(type(number)) if high is None else high
+                if type(number) in LARGEST and not max(low, -most) <= number <= most:  # nor is nan
+                    bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {most:g}"] * (number > most)
                     raise UserError(f"--{f.name} {number}: must be {' and '.join(bounds) or 'a number'}")
 
 
@@ -244,7 +248,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except OSError as error:  # a full disk, a folder that may not be written
         message, status = f"error: {error.filename or 'the system'}: {error.strerror or error}", 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and "memory" not in str(error) and "overflow" not in str(error):
             raise
         message, status = "error: this machine has not enough memory for that: give smaller sizes", 2
     if first_to_say(message):

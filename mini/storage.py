@@ -272,7 +272,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
     """Copies named tensors into a model. Raises UserError listing what is missing, extra or has another shape."""
-    check_shapes(model, tensors, where)
+    check_shapes(weights(model), tensors, where)
     if bad := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
         raise UserError(f"{where}: {bad[0]} holds values that are no numbers (as do {len(bad) - 1} others): of no use")
     with torch.no_grad():
@@ -280,8 +280,8 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where
             tensor.copy_(tensors[name])
 
 
-def check_shapes(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
-    have, want = ({n: list(tensor.shape) for n, tensor in named.items()} for named in (tensors, weights(model)))
+def check_shapes(wanted: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], where: str | Path) -> None:
+    have, want = ({n: list(tensor.shape) for n, tensor in named.items()} for named in (tensors, wanted))
     problems = [f"missing {n} {shape}" for n, shape in want.items() if n not in have]
     problems += [f"extra {n} {shape}" for n, shape in have.items() if n not in want]
     problems += [f"{n} is {have[n]}, not {shape}" for n, shape in want.items() if have.get(n, shape) != shape]
@@ -292,11 +292,19 @@ def check_shapes(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where
 
 def loaded(make: Callable[[], torch.nn.Module], tensors: dict[str, torch.Tensor], where: str | Path) -> torch.nn.Module:
     """make() with these weights; it takes no memory before their shapes are known to fit."""
-    with torch.device("meta"):
-        check_shapes(make(), tensors, where)
+    check_shapes(weights_wanted(make, where), tensors, where)
     model = make()
     load_weights(model, tensors, where)
     return model
+
+
+def weights_wanted(make: Callable[[], torch.nn.Module], where: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of make() without their values, which take no memory. Raises UserError where none can be so large."""
+    try:
+        with torch.device("meta"):
+            return weights(make())
+    except (RuntimeError, OverflowError) as error:
+        raise UserError(f"{where}: its settings are of no model ({str(error).splitlines()[0]})") from None
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -11,24 +11,14 @@ class ModelConfig(Checked):
     """The model. A GPT and a BERT differ in these values only; the defaults are GPT-2's ways, small."""
 
     n_layers: int = option(6, "number of blocks", low=1, high=1000, fixed=True)
-    n_heads: int | list[int] = option(
-        6, "attention heads; one number, or one for each layer: 6,6,4", low=1, high=2**31, fixed=True
-    )
-    n_kv_heads: int = option(
-        0, "key/value heads, each for n_heads / n_kv_heads queries; 0: n_heads", low=0, high=2**31, fixed=True
-    )
-    d_model: int = option(384, "width of the residual stream (C)", low=1, high=2**20, fixed=True)
-    d_head: int = option(0, "width of a head (D); 0: d_model / n_heads", low=0, high=2**31, fixed=True)
-    d_ff: int | list[int] = option(
-        0, "hidden width of the MLP, or one for each layer; 0: 4 d_model", low=0, high=2**31, fixed=True
-    )
-    max_len: int = option(256, "longest context in tokens (T)", low=1, high=2**31)
-    vocab_size: int = option(
-        4096, "tokens of a trained BPE; any other tokenizer sets it", low=1, high=2**31, fixed=True
-    )
-    vocab_multiple: int = option(
-        1, "pad the embedding's rows to a multiple (64 is fast on GPUs); same loss", low=1, high=2**31
-    )
+    n_heads: int | list[int] = option(6, "attention heads; one number, or one for each layer: 6,6,4", low=1, fixed=True)
+    n_kv_heads: int = option(0, "key/value heads, each for n_heads / n_kv_heads queries; 0: n_heads", low=0, fixed=True)
+    d_model: int = option(384, "width of the residual stream (C)", low=1, fixed=True)
+    d_head: int = option(0, "width of a head (D); 0: d_model / n_heads", low=0, fixed=True)
+    d_ff: int | list[int] = option(0, "hidden width of the MLP, or one for each layer; 0: 4 d_model", low=0, fixed=True)
+    max_len: int = option(256, "longest context in tokens (T)", low=1)
+    vocab_size: int = option(4096, "tokens of a trained BPE; any other tokenizer sets it", low=1, fixed=True)
+    vocab_multiple: int = option(1, "pad the embedding's rows to a multiple (64 is fast on GPUs); same loss", low=1)
     norm: str = option("layernorm", "normalisation", ("layernorm", "rmsnorm"))
     norm_place: str = option("pre", "norm before each sublayer (GPT-2) or after its sum (BERT)", ("pre", "post"))
     norm_eps: float = option(1e-5, "epsilon of the normalisation", low=0)
@@ -43,9 +33,9 @@ class ModelConfig(Checked):
     logit_softcap: float = option(0.0, "c tanh(logits / c); 0: off", low=0)
     dropout: float = option(0.0, "dropout of embeddings, attention weights and sublayer outputs", low=0, high=0.99)
     attention: str = option("auto", "the faster, the equations, or the fused call", ("auto", "reference", "fused"))
-    n_segments: int = option(0, "segment embeddings, of which BERT has 2; 0: none", low=0, high=2**31, fixed=True)
+    n_segments: int = option(0, "segment embeddings, of which BERT has 2; 0: none", low=0, fixed=True)
     causal: bool = option(True, "a token sees only itself and what is before it", flag=False)
-    n_classes: int = option(0, "classes of a classification head; 0: none", low=0, high=1e6, flag=False, head=True)
+    n_classes: int = option(0, "classes of a classification head; 0: none", low=0, flag=False, head=True)
     mlm: bool = option(False, "BERT: a head that predicts masked tokens", flag=False, head=True)
     nsp: bool = option(False, "BERT: a head that tells the next sentence from a random one", flag=False, head=True)
     spans: bool = option(False, "BERT: a head that finds the first and last token of an answer", flag=False, head=True)

@@ -18,13 +18,9 @@ class OptimConfig(Checked):
     """The optimizer and its schedule."""
 
     optimizer: str = option("muon", "Muon for the hidden matrices and AdamW for the rest, or AdamW", ("muon", "adamw"))
-    lr: float | None = option(
-        None, "peak rate, with Muon that of hidden matrices; None: Muon 0.02, AdamW 0.001", low=0, high=1e38
-    )
-    embed_lr: float = option(0.0, "AdamW's for embeddings; 0: lr, with Muon lr / 2", low=0, high=1e38)
-    head_lr: float = option(
-        0.0, "AdamW's for an untied head, norms and biases; 0: lr, with Muon lr / 4", low=0, high=1e38
-    )
+    lr: float | None = option(None, "peak rate, with Muon that of hidden matrices; None: Muon 0.02, AdamW 0.001", low=0)
+    embed_lr: float = option(0.0, "AdamW's for embeddings; 0: lr, with Muon lr / 2", low=0)
+    head_lr: float = option(0.0, "AdamW's for an untied head, norms and biases; 0: lr, with Muon lr / 4", low=0)
     schedule: str = option("trapezoidal", "shape after the warm-up", ("trapezoidal", "cosine", "linear", "constant"))
     warmup: float = option(0.02, "warm-up: share of the steps, or their number if 1 or more", low=0)
     cooldown: float = option(0.5, "share of the steps in which a trapezoidal schedule falls", low=0, high=1)
@@ -155,10 +151,8 @@ class Muon(torch.optim.Optimizer):
             states = [self.state[p] for p in params]
             if params:
                 torch._foreach_lerp_([s["momentum"] for s in states], [p.grad for p in params], 1 - group["momentum"])
-            rate, turn = (
-                min(group["lr"] * self.turns, 1e36),
-                int(states[0]["step"]) if states else 0,
-            )  # all have counted as far
+            rate = min(group["lr"] * self.turns, 1e36)  # times a scale, still a number in float32
+            turn = int(states[0]["step"]) if states else 0  # all have counted as far
             # Fused matrices are cut into their parts, each of which is orthogonalised alone; all are grouped by shape.
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for i, (p, state) in enumerate(zip(params, states, strict=True)):

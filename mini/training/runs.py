@@ -34,6 +34,7 @@ from mini.storage import (
     read_json,
     remove,
     weights,
+    weights_wanted,
     write_json,
 )
 from mini.tasks import TASKS
@@ -124,8 +125,7 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
         config = read_config(folder)
         path = newest_weights(folder)
         tensors = {name: t for name, t in load_tensors(path).items() if not name.startswith(LEARNING)}
-        with torch.device("meta"):
-            wanted = weights(MODELS[config.kind](config.model))
+        wanted = weights_wanted(lambda: MODELS[config.kind](config.model), folder)
         tensors = sparse.unpack(wanted, tensors, path)
 
         def make() -> Model:
