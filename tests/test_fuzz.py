@@ -6,6 +6,7 @@ made of its file's name and a number, which a failure shows: `attempt` makes it 
 
 import contextlib
 import gzip
+import importlib
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from conftest import TINY
 
 from mini import load_run
 from mini.compression.teacher_cache import TeacherCache
-from mini.flags import UserError, field_names
+from mini.flags import Checked, UserError, field_names, parse_flags
 from mini.model.bert import Bert
 from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
@@ -40,7 +42,7 @@ from mini.training.optim import OptimConfig
 from mini.training.start import read_settings
 
 ROOT = Path(__file__).parent
-SECONDS, MEMORY = 10, 2**30  # that one of them may take
+SECONDS, MEMORY = 10, 32 * 2**20  # that one of them may take; four times the file's size come on top
 FEW, ALL = 40, int(os.environ.get("MINI_FUZZ", 100_000))
 ODD = [
     None, True, -1, 0, 1e308, -0.0, 2**31, 2**63, 10**30, 0.5, "", "x", "\ud800", "\u0000", "1e9", [], {}, [[]], [1],
@@ -178,6 +180,7 @@ def attempt(seeds: dict, name: str, seed: int, folder: Path) -> str | None:
     path = folder / file
     path.unlink()
     path.write_bytes(mutate((source / file).read_bytes(), rng))
+    limit_memory(MEMORY + 4 * sum(path.stat().st_size for path in folder.rglob("*")))
     os.environ["MINI_UNCHECKED"] = rng.choice(("", "1"))  # also what a checksum would tell at once
     try:
         signal.alarm(SECONDS)
@@ -198,13 +201,7 @@ def campaign(seeds: dict, names: list[str], each: int, tmp_path: Path) -> list[s
     def late(*_: object) -> None:
         raise TimeoutError
 
-    previous, limits = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_AS)
-    used = (
-        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if os.path.exists("/proc") else 0
-    )
-    if used:
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
-    failures = []
+    previous, failures = signal.signal(signal.SIGALRM, late), []
     try:
         for name in names:
             folder = tmp_path / name.replace(" ", "_").replace("/", "_")
@@ -215,8 +212,16 @@ def campaign(seeds: dict, names: list[str], each: int, tmp_path: Path) -> list[s
             shutil.rmtree(folder)
     finally:
         signal.signal(signal.SIGALRM, previous)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+        limit_memory(None)
     return failures
+
+
+def limit_memory(more: int | None) -> None:
+    """Lets this process take so many bytes more, as address space; None: as many as it likes."""
+    if os.path.exists("/proc/self/statm"):
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (most if more is None else used + more, most))
 
 
 def test_a_few_mutations_of_every_format(seeds, tmp_path):
@@ -251,32 +256,49 @@ def test_no_code_of_a_file_is_run(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- command lines
 VALUES = ["0", "1", "-1", "1e18", "1e308", "nan", "inf", "", " ", "x", "true", "6,6,4", "\udcff", "0.5", "1e-46"]
-FLAGS = sorted(set().union(*map(field_names, (ModelConfig, TrainConfig, OptimConfig, DataConfig))))
 
 
-def lines(each: int, seed: int):
-    for n in range(each):
-        rng = random.Random(f"line {seed} {n}")
-        names = rng.sample(FLAGS, rng.choice((1, 2, 5)))
-        yield [word for name in names for word in (f"--{name}", rng.choice(VALUES))]
+def all_options(cls: type = Checked) -> set[type]:
+    return {cls, *(c for below in cls.__subclasses__() for c in all_options(below))} - {Checked}
 
 
-def refused_or_read(line: list[str]) -> str | None:
+for module in ("compress", "mini.__main__"):  # from which every command is imported
+    importlib.import_module(module)
+OPTIONS = sorted(all_options(), key=lambda cls: cls.__name__)
+TRAINING = sorted(set().union(*map(field_names, (ModelConfig, TrainConfig, OptimConfig, DataConfig))))
+
+
+def attempt_lines(each: int, seed: int) -> list[str]:
+    """What went wrong with so many command lines for each class of options, and for what train_gpt.py and _bert.py ask.
+
+    None of them is begun: a line that is read would train, as it says.
+    """
+    readers = []
+    for cls in OPTIONS:
+        readers.append((cls.__name__, sorted(field_names(cls)), partial(parse_flags, classes=[cls], description="")))
     for kind, presets in (("gpt", GPT_PRESETS), ("bert", BERT_PRESETS)):
-        try:
-            read_settings(line, "", kind, presets)
-        except UserError as error:
-            if "\n" in str(error):
-                return f"{line}: several lines: {error}"
-        except BaseException as error:
-            return f"{line}: {type(error).__name__}: {error}"
-    return None
+        readers.append((kind, TRAINING, partial(read_settings, description="", kind=kind, presets=presets)))
+    failures = []
+    for name, flags, read in readers:
+        for n in range(each):
+            rng = random.Random(f"{name} {seed} {n}")
+            chosen = rng.sample(flags, min(len(flags), rng.choice((1, 2, 5))))
+            line = [word for flag in chosen for word in (f"--{flag}", rng.choice(VALUES))]
+            try:
+                read(line)
+            except UserError as error:
+                failures += [f"{name} {line}: several lines: {error}"] * ("\n" in str(error))
+            except BaseException as error:
+                failures.append(f"{name} {line}: {type(error).__name__}: {error}")
+    return failures
 
 
 def test_a_few_command_lines():
-    assert not [what for line in lines(300, 0) if (what := refused_or_read(line))]
+    assert not attempt_lines(40, 0)
 
 
 @pytest.mark.fuzz
 def test_many_command_lines():
-    assert not [what for line in lines(20_000, 1) if (what := refused_or_read(line))][:40]
+    each = ALL // 100
+    assert not attempt_lines(each, 1)[:40]
+    print(f"\n{each * (len(OPTIONS) + 2):,} command lines for {len(OPTIONS) + 2} kinds of options")
