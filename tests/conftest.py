@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from mini.tasks.lm import LanguageModelling
+from mini.training import checkpoints
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for train_gpt.py and train_bert.py
@@ -49,7 +51,7 @@ def command(cache):
             argv = command_line(*arguments, torchrun=torchrun)
             done = subprocess.run(argv, capture_output=True, text=True, env=environment(cache), timeout=170)
         elif ranks > 1:
-            done = run_ranks([str(a) for a in arguments], cache, ranks)
+            done = run_ranks(arguments, cache, ranks)
         else:
             done = run_here([str(a) for a in arguments], cache)
         assert done.returncode == status, f"{arguments}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -67,16 +69,41 @@ def gpt(text_file, command, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def bert(text_file, command, tmp_path_factory) -> Path:
+    """The same of a tiny BERT."""
+    folder = tmp_path_factory.mktemp("runs") / "bert"
+    flags = ["--steps", 40, "--eval_every", 0, "--sample_every", 0, "--nsp", "false", "--out", folder]
+    command("train_bert.py", "--data", text_file, *TINY, *flags)
+    return folder
+
+
 WORDS = {"good": ["great", "lovely", "fine"], "bad": ["awful", "boring", "dull"]}
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory):
+def labelled(tmp_path_factory) -> Path:
+    """A folder with train.tsv and valid.tsv, in which a word tells the label."""
     folder = tmp_path_factory.mktemp("labelled")
     rows = [f"a {word} film number {i}\t{label}" for i in range(30) for label, words in WORDS.items() for word in words]
     for name, chosen in (("train.tsv", rows), ("valid.tsv", rows[:12])):
         (folder / name).write_text("text\tlabel\n" + "\n".join(chosen) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def squad_file(tmp_path_factory) -> Path:
+    """Questions with and without an answer, in the form of SQuAD 2.0."""
+    paragraphs = []
+    for i in range(60):
+        year, name, impossible = 100 + i, ("anna", "bela", "cora", "dora", "elsa")[i % 5], i % 10 == 9
+        context = f"In year {year} it {'rained and nobody was there' if impossible else f'was {name} who came'}."
+        answers = [] if impossible else [{"text": name, "answer_start": context.index(name)}]
+        question = {"id": str(i), "question": "Who came?", "answers": answers, "is_impossible": impossible}
+        paragraphs.append({"context": context, "qas": [question]})
+    path = tmp_path_factory.mktemp("squad") / "train.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    return path
 
 
 def run_here(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
@@ -102,28 +129,51 @@ def run_here(argv: list[str], cache: Path) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(argv, status, out.getvalue(), err.getvalue())
 
 
-def run_ranks(argv: list[str], cache: Path, n: int) -> subprocess.CompletedProcess:
-    """What torchrun does, without importing torch in each process anew."""
+class Forked:
+    """A command in a fork of this process: in a process of its own, without importing torch anew."""
+
+    def __init__(self, argv: list, cache: Path, prepare: Callable[[], None] = lambda: None, **variables: object):
+        """prepare: called there, before the command. variables: of its environment."""
+        self.argv, self.said = [str(a) for a in argv], tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = os.fork()
+        if not self.process:
+            try:
+                signal.alarm(170)
+                os.environ |= {name: str(value) for name, value in variables.items()}
+                prepare()
+                done = run_here(self.argv, cache)
+                self.said.write(json.dumps([done.stdout, done.stderr]).encode())
+                self.said.flush()
+                os._exit(done.returncode)
+            finally:
+                os._exit(70)
+
+    def wait(self) -> subprocess.CompletedProcess:
+        status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        self.said.seek(0)
+        return subprocess.CompletedProcess(self.argv, status, *json.loads(self.said.read() or '["", ""]'))
+
+
+def run_ranks(argv: list, cache: Path, n: int) -> subprocess.CompletedProcess:
+    """What torchrun does."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        shared = dict(WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(found.getsockname()[1]))
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(n):
-            children.append(os.fork())
-            if not children[-1]:
-                try:
-                    signal.alarm(170)
-                    os.environ |= shared | dict(RANK=str(rank), LOCAL_RANK=str(rank))
-                    done = run_here(argv, cache)
-                    Path(folder, str(rank)).write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
-                finally:
-                    os._exit(0)
-        for child in children:
-            os.waitpid(child, 0)
-        answers = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(n)]
-    status, out, err = zip(*answers, strict=True)
-    return subprocess.CompletedProcess(argv, max(status), "".join(out), "".join(err))
+        shared = dict(WORLD_SIZE=n, MASTER_ADDR="127.0.0.1", MASTER_PORT=found.getsockname()[1])
+    done = [rank.wait() for rank in [Forked(argv, cache, RANK=r, LOCAL_RANK=r, **shared) for r in range(n)]]
+    out, err = "".join(d.stdout for d in done), "".join(d.stderr for d in done)
+    return subprocess.CompletedProcess(argv, max(d.returncode for d in done), out, err)
+
+
+def signalled(step: int, number: int, argv: list, cache: Path) -> subprocess.CompletedProcess:
+    """Runs a script that sends itself a signal right after it has logged a step."""
+    append = checkpoints.append_metrics
+
+    def append_and_signal(folder: Path, row: dict) -> None:
+        append(folder, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), number)
+
+    return Forked(argv, cache, lambda: setattr(checkpoints, "append_metrics", append_and_signal)).wait()
 
 
 def command_line(*arguments: object, torchrun: int = 0) -> list[str]:
@@ -135,25 +185,6 @@ def command_line(*arguments: object, torchrun: int = 0) -> list[str]:
 
 def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "MINI_CACHE": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def signalled(step: int, number: int, argv: list, cache: Path) -> subprocess.CompletedProcess:
-    """Runs a script that sends itself a signal right after it has logged a step."""
-    code = f"""if True:
-        import os, runpy, sys
-        from mini.training import checkpoints
-        append = checkpoints.append_metrics
-        def append_and_signal(folder, row):
-            append(folder, row)
-            if row["step"] == {step}:
-                os.kill(os.getpid(), {int(number)})
-        checkpoints.append_metrics = append_and_signal
-        sys.path.insert(0, {str(ROOT)!r})
-        sys.argv = {[str(ROOT / argv[0]), *map(str, argv[1:])]!r}
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    """
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.run([sys.executable, "-c", code], env=environment(cache), **options)
 
 
 def lm_loss(model, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

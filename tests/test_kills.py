@@ -3,6 +3,8 @@
 `pytest -m faults` tries them all; the ordinary suite some of them.
 """
 
+import json
+import mmap
 import os
 import shutil
 import signal
@@ -10,12 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import TINY, run_here
+from conftest import TINY, Forked
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
-SOME = 2  # operations of each command, evenly spread, in the ordinary suite
+SHORT = ["--steps", 4, "--checkpoint_every", 2, "--keep", 1, "--eval_every", 0, "--sample_every", 0]
 
 
 def run_forked(argv: list, cache: Path, inside: Path, kill_at: int = -1) -> tuple[int, int]:
@@ -23,90 +24,89 @@ def run_forked(argv: list, cache: Path, inside: Path, kill_at: int = -1) -> tupl
 
     Returns (its exit status, or minus the signal; how many operations it came to).
     """
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)  # those of the parent are not here
-        signal.alarm(60)
-        count = 0
+    count = mmap.mmap(-1, 8)  # shared with the fork
 
-        def watch(event: str, arguments: tuple) -> None:
-            nonlocal count
-            changes = event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING)
-            if changes and isinstance(arguments[0], str | bytes | os.PathLike) and str(inside) in str(arguments[0]):
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count += 1
+    def watch(event: str, arguments: tuple) -> None:
+        changes = event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING)
+        if changes and isinstance(arguments[0], str | bytes | os.PathLike) and str(inside) in str(arguments[0]):
+            done = int.from_bytes(count[:], "little")
+            if done == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count[:] = (done + 1).to_bytes(8, "little")
 
-        sys.addaudithook(watch)
-        status = run_here([str(a) for a in argv], cache).returncode
-        os.write(writing, str(count).encode())
-        os._exit(status)
-    os.close(writing)
-    count = os.read(reading, 100)
-    os.close(reading)
-    _, ended = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(ended), int(count or 0)
+    status = Forked(argv, cache, lambda: sys.addaudithook(watch)).wait().returncode
+    return status, int.from_bytes(count[:], "little")
 
 
-@pytest.fixture
-def commands(gpt, text_file, labelled, tmp_path):
-    """{name: (a function that gives the command line for a folder, what it makes there)}"""
-    train = ["train_gpt.py", "--data", text_file, *TINY, "--steps", 4, "--checkpoint_every", 2, "--keep", 1]
+@pytest.fixture(scope="module")
+def commands(gpt, bert, labelled, squad_file, text_file, command, tmp_path_factory) -> dict:
+    """{name: (the command but for its --out, what it is to make, a path in that where it is a folder)}
+
+    What each makes is wholly decided by its flags, but for the times in a report.
+    """
     files = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv"]
-    best = [
-        "train_gpt.py",
-        "--task",
-        "classify",
-        *files,
-        *TINY,
-        "--steps",
-        4,
-        "--eval_every",
-        1,
-        "--checkpoint_every",
-        2,
-    ]
-    tokens, weights = ["-m", "mini", "tokens", text_file, "--vocab_size", 300], "out/model.safetensors"
+    questions = ["--train", squad_file, "--valid", squad_file]
+    classifier = tmp_path_factory.mktemp("runs") / "classifier"
+    command("train_bert.py", "--task", "classify", "--init", bert, *files, "--steps", 2, "--out", classifier)
+    train, run = ["train_gpt.py", "--data", text_file, *TINY, *SHORT], "out/model.safetensors"
+    best = ["--task", "classify", "--init", bert, *files, *SHORT, "--eval_every", 1, "--lr", 0.01]
+    tinybert = ["--recipe", "tinybert", "--copies", 1, "--general_steps", 2]
     return {
-        "train": (lambda d: [*train, "--out", d / "out"], weights),
-        "into a folder": (lambda d: [*train, "--out", d], "model.safetensors"),
-        "best": (lambda d: [*best, "--lr", 0.01, "--out", d / "out"], weights),
-        "prune": (lambda d: ["compress.py", "prune", gpt, "--steps", 2, "--out", d / "out"], weights),
-        "quantize": (lambda d: ["compress.py", "quantize", gpt, "--out", d / "out"], weights),
-        "tokens": (lambda d: [*tokens, "--out", d / "out"], "out/train.tokens"),
+        "train_gpt.py": (train, run),
+        "train_gpt.py into a folder that is there": (train, "model.safetensors"),
+        "train_gpt.py --overwrite": ([*train, "--overwrite", "true"], run),
+        "train_bert.py": (["train_bert.py", "--data", text_file, *TINY, *SHORT], run),
+        "train_bert.py --task classify": (["train_bert.py", *best], run),
+        "train_bert.py --task qa": (["train_bert.py", "--task", "qa", "--init", bert, *questions, *SHORT], run),
+        "compress.py prune": (["compress.py", "prune", gpt, *SHORT], run),
+        "compress.py quantize": (["compress.py", "quantize", gpt, "--scheme", "static"], run),
+        "compress.py quantize --scheme qat": (["compress.py", "quantize", gpt, "--scheme", "qat", *SHORT], run),
+        "compress.py reduce": (["compress.py", "reduce", gpt, "--layers", 1], run),
+        "compress.py distill --cache": (["compress.py", "distill", gpt, *SHORT, "--cache", "{}/cache"], run),
+        "compress.py distill --recipe tinybert": (["compress.py", "distill", classifier, *tinybert, *SHORT], run),
+        "compress.py report": (["compress.py", "report", gpt, "--repeats", 1], "out/report.json"),
+        "mini tokens": (["-m", "mini", "tokens", text_file, "--vocab_size", 300], "out/train.tokens"),
+        "mini classify": (["-m", "mini", "classify", classifier, files[1]], "out.tsv"),
+        "mini embed": (["-m", "mini", "embed", bert, files[1]], "out.npy"),
+        "mini rewrite": (["-m", "mini", "rewrite", bert, files[1]], "out.tsv"),
     }
 
 
-def check(name: str, commands: dict, cache: Path, tmp_path: Path, some: int | None) -> int:
-    command, made = commands[name]
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    status, n = run_forked(command(whole), cache, whole)
-    assert status == 0 and n > 3
-    expected = (whole / made).read_bytes()
+def kill(name: str, commands: dict, cache: Path, tmp_path: Path, some: int | None = None) -> int:
+    """Kills a command at its file operations, or some of them, each in a folder of its own; returns how many."""
+    argv, made = commands[name]
+
+    def run(folder: Path, kill_at: int = -1) -> tuple[int, int]:
+        out = folder / made.split("/")[0] if made != "model.safetensors" else folder
+        return run_forked([*(str(a).format(folder) for a in argv), "--out", out], cache, folder, kill_at)
+
+    def content(folder: Path) -> bytes | set:
+        whole = (folder / made).read_bytes()
+        return set(json.loads(whole)) if "report" in made else whole
+
+    (tmp_path / "whole").mkdir()
+    status, n = run(tmp_path / "whole")
+    assert status == 0 and n > 1
     places = range(n) if some is None else sorted({n * i // some for i in range(some)})
     for at in places:
         folder = tmp_path / f"{at}"
         folder.mkdir()
-        assert run_forked(command(folder), cache, folder, at)[0] == -signal.SIGKILL, at
-        assert run_forked(command(folder), cache, folder)[0] == 0, f"stuck after operation {at} of {n}"
-        assert (folder / made).read_bytes() == expected, f"other bytes after operation {at} of {n}"
+        assert run(folder, at)[0] == -signal.SIGKILL, at
+        assert run(folder)[0] == 0, f"stuck after operation {at} of {n}"
+        assert content(folder) == content(tmp_path / "whole"), f"other bytes after operation {at} of {n}"
         left = [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".lock")]
         assert not left, f"after operation {at} of {n}: {left}"
         shutil.rmtree(folder)
     return len(places)
 
 
-NAMES = ["train", "into a folder", "best", "prune", "quantize", "tokens"]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["train_bert.py --task classify", "compress.py prune", "mini tokens"])
 def test_killed_at_some_operations(name, commands, cache, tmp_path):
-    check(name, commands, cache, tmp_path, SOME)
+    kill(name, commands, cache, tmp_path, some=3)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", NAMES)
-def test_killed_at_every_operation(name, commands, cache, tmp_path):
-    print(f"\n{name}: {check(name, commands, cache, tmp_path, None)} kills")
+def test_every_command_killed_at_every_operation(commands, cache, tmp_path):
+    for name in commands:
+        (tmp_path / name).mkdir()
+        print(f"{name}: {kill(name, commands, cache, tmp_path / name)} kills", flush=True)

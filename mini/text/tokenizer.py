@@ -10,13 +10,15 @@ tokenizer_base.py, WordPiece in wordpiece.py.
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import heapq
+import os
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -163,9 +165,11 @@ class BPETokenizer(Tokenizer):
         super().__init__(ranks.items(), special)
         self.ranks, self.pattern = ranks, pattern
         self.byte_ids = np.array([ranks[bytes([b])] for b in range(256)], np.uint32)
+        parts = dict(pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         try:
-            self.encoding = tiktoken.Encoding("mini", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-            self.encoding.encode("a b")
+            with contextlib.nullcontext() if pattern == GPT2_PATTERN else quiet():
+                self.encoding = tiktoken.Encoding("mini", **parts)
+                self.encoding.encode("a b")
         except BaseException as error:  # a panic in Rust is no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -310,6 +314,19 @@ def load_published_gpt2(path: Path, vocab: dict[str, int]) -> BPETokenizer:
     ranks = checked_ranks(entries, path)
     eot = ranks.pop(END_OF_TEXT.encode(), None)
     return BPETokenizer(ranks, {} if eot is None else {END_OF_TEXT: eot})
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what another language says on standard error, as Rust does of a panic before we can."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def checked_ranks(entries: list[tuple[str, bytes, int]], path: str | Path) -> dict[bytes, int]:

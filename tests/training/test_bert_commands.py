@@ -47,19 +47,9 @@ def run(flags, command, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reviews(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("labelled")
-    words = {"good": ["great", "lovely", "fine"], "bad": ["awful", "boring", "dull"]}
-    rows = [f"a {word} film number {i}\t{label}" for i in range(30) for label, some in words.items() for word in some]
-    (folder / "train.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n")
-    (folder / "valid.tsv").write_text("text\tlabel\n" + "\n".join(rows[:12]) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def classifier(run, reviews, command, tmp_path_factory):
+def classifier(run, labelled, command, tmp_path_factory):
     out = tmp_path_factory.mktemp("classify") / "run"
-    files = ["--train", reviews / "train.tsv", "--valid", reviews / "valid.tsv", "--normalize", "lower"]
+    files = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv", "--normalize", "lower"]
     more = ["--epochs", 6, "--lr", 3e-3, "--augment", "swap,delete", "--class_weights", "balanced", "--out", out]
     more += ["--device", "cpu", "--dtype", "float32"]  # as the command classifies
     command("train_bert.py", "--task", "classify", "--init", run, *files, *more)
@@ -118,20 +108,20 @@ def test_fill(run, classifier, command):
     assert "no head for masked tokens" in command("-m", "mini", "fill", classifier, "a [MASK]", status=2).stderr
 
 
-def test_classify(classifier, reviews, command, tmp_path):
+def test_classify(classifier, labelled, command, tmp_path):
     answer = command("-m", "mini", "classify", classifier, "A LOVELY film number 3", "a lovely film number 3").stdout
     _, upper, lower = (line.split("\t")[:2] for line in answer.splitlines())
     assert upper == lower  # lower-cased as in training
     out = tmp_path / "predictions.tsv"
-    command("-m", "mini", "classify", classifier, reviews / "valid.tsv", "--out", out)
+    command("-m", "mini", "classify", classifier, labelled / "valid.tsv", "--out", out)
     rows = [line.split("\t") for line in out.read_text().splitlines()]
-    truth = [line.split("\t")[1] for line in (reviews / "valid.tsv").read_text().splitlines()[1:]]
+    truth = [line.split("\t")[1] for line in (labelled / "valid.tsv").read_text().splitlines()[1:]]
     hits = [row[0] == label for row, label in zip(rows[1:], truth, strict=True)]
     assert sum(hits) / len(hits) == json.loads((classifier / "result.json").read_text())["accuracy"]
 
 
-def test_classifiers_train_further(classifier, reviews, command, tmp_path):
-    files = ["--train", reviews / "train.tsv", "--valid", reviews / "valid.tsv"]
+def test_classifiers_train_further(classifier, labelled, command, tmp_path):
+    files = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv"]
     more = ["--steps", 1, "--lr", 0, "--out", tmp_path / "more", "--device", "cpu"]
     done = command("train_bert.py", "--task", "classify", "--init", classifier, *files, *more)
     before = json.loads((classifier / "result.json").read_text())
@@ -153,7 +143,7 @@ def test_pairs_of_texts(run, command, tmp_path):
     assert len(table) == 65
 
 
-def test_embed(run, reviews, command, tmp_path):
+def test_embed(run, labelled, command, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("The cat sat.\n\nA dog ran under a tree.\nThe cat sat.\n")
     command("-m", "mini", "embed", run, texts)
@@ -161,35 +151,10 @@ def test_embed(run, reviews, command, tmp_path):
     assert vectors.shape == (4, 32) and vectors.dtype == np.float32
     np.testing.assert_allclose(vectors[0], vectors[3], atol=1e-5)
     assert np.abs(vectors[0] - vectors[2]).max() > 1e-3
-    command("-m", "mini", "embed", run, reviews / "valid.tsv", "--out", tmp_path / "v.npy", "--pooling", "cls")
+    command("-m", "mini", "embed", run, labelled / "valid.tsv", "--out", tmp_path / "v.npy", "--pooling", "cls")
     assert np.load(tmp_path / "v.npy").shape == (12, 32)
     (tmp_path / "empty.txt").write_text("\n")
     assert "no text in it" in command("-m", "mini", "embed", run, tmp_path / "empty.txt", status=2).stderr
-
-
-@pytest.fixture(scope="module")
-def squad_file(tmp_path_factory):
-    names = ["anna", "bela", "cora", "dora", "elsa"]
-    questions = []
-    for i in range(60):
-        name = names[i % 5]
-        context = f"In year {100 + i} it was {name} who came."
-        answers = [{"text": name, "answer_start": context.index(name)}]
-        impossible = i % 10 == 9
-        qas = [
-            {
-                "id": str(i),
-                "question": "Who came?",
-                "answers": [] if impossible else answers,
-                "is_impossible": impossible,
-            }
-        ]
-        if impossible:
-            context = f"In year {100 + i} it rained and nobody was there."
-        questions.append({"context": context, "qas": qas})
-    path = tmp_path_factory.mktemp("squad") / "train.json"
-    path.write_text(json.dumps({"data": [{"paragraphs": questions}]}))
-    return path
 
 
 def test_question_answering(run, squad_file, command, tmp_path, monkeypatch):
@@ -303,18 +268,18 @@ def test_refusals(flags, message, documents, command, tmp_path):
     assert not out.exists()
 
 
-def test_published_weights_can_be_fine_tuned(reviews, command, tmp_path):
-    files = ["--train", reviews / "train.tsv", "--valid", reviews / "valid.tsv", "--out", tmp_path / "run"]
+def test_published_weights_can_be_fine_tuned(labelled, command, tmp_path):
+    files = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv", "--out", tmp_path / "run"]
     done = command("train_bert.py", "--task", "classify", "--init", FIXTURE, *files, "--max_len", 20, "--steps", 4)
     assert "accuracy" in last_json(done) and (tmp_path / "run" / "vocab.txt").is_file()
     assert "is not a classifier" in command("-m", "mini", "classify", FIXTURE, "text", status=2).stderr
 
 
-def test_what_is_read_is_not_written_over(classifier, run, reviews, command):
-    before = (reviews / "valid.tsv").read_bytes()
+def test_what_is_read_is_not_written_over(classifier, run, labelled, command):
+    before = (labelled / "valid.tsv").read_bytes()
     for flags in (["classify", classifier], ["embed", run]):
-        done = command("-m", "mini", *flags, reviews / "valid.tsv", "--out", reviews / "valid.tsv", status=2)
-        assert "is not what this command writes" in done.stderr and (reviews / "valid.tsv").read_bytes() == before
+        done = command("-m", "mini", *flags, labelled / "valid.tsv", "--out", labelled / "valid.tsv", status=2)
+        assert "is not what this command writes" in done.stderr and (labelled / "valid.tsv").read_bytes() == before
 
 
 def test_a_file_is_not_a_text(classifier, documents, command):

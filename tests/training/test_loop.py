@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, command_line, environment, last_json, lm_loss, metrics, signalled
+from conftest import TINY, Forked, command_line, environment, last_json, lm_loss, metrics, signalled
 
 from mini import load_run
 from mini.storage import load_tensors
@@ -260,16 +261,17 @@ def test_several_threads_resume_to_the_bit(text_file, tmp_path, command):
 def test_two_processes_cannot_train_in_one_folder(dropout_run, cache, tmp_path, command):
     _, flags, _ = dropout_run
     argv = [*flags, "--steps", 100000, "--out", tmp_path / "run"]
-    first = subprocess.Popen(
-        command_line(*argv), env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    first = Forked(argv, cache)
     try:
-        while first.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+        for _ in range(1000):
+            if (tmp_path / "run" / "metrics.jsonl").exists():
+                break
             time.sleep(0.05)
         assert "another process is training here" in command(*argv, status=2).stderr
         assert "another process" in command(*argv, "--overwrite", "true", status=2).stderr
     finally:
-        first.kill()
+        os.kill(first.process, signal.SIGKILL)
+    assert first.wait().returncode == -signal.SIGKILL
 
 
 def test_init_starts_from_the_weights(dropout_run, text_file, tmp_path, command):
