@@ -1,15 +1,10 @@
-"""Files that are whole or not there: atomic writes, checksums, and tensors as safetensors.
-
-A safetensors file (https://github.com/huggingface/safetensors#format) is 8 bytes, the header's length, little-endian; a
-JSON header with each tensor's dtype, shape and place; the raw bytes. It can run no code, and can be memory-mapped.
-"""
+"""Files that are whole or not there: written, replaced and removed at once, by one process at a time; and JSON."""
 
 import contextlib
 import errno
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -17,16 +12,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import torch
-
 from mini.errors import UserError
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def fsync(path: Path) -> None:
@@ -190,122 +176,3 @@ def read_json(path: str | Path) -> dict:
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest_tensors(tensors: dict[str, torch.Tensor], *words: str) -> str:
-    """A checksum of tensors and words."""
-    h = hashlib.sha256("|".join(words).encode())
-    for name, tensor in sorted(tensors.items()):
-        tensor = tensor.detach().cpu().contiguous()
-        h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        h.update(tensor.flatten().view(torch.uint8).numpy())
-    return h.hexdigest()[:32]
-
-
-def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes named tensors as one safetensors file, atomically. The same tensors give the same bytes."""
-    header, offset = {}, 0
-    # Widest types first keeps every tensor aligned to its item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    for name in order:
-        tensor, end = tensors[name], offset + tensors[name].nbytes
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name in order:
-            tensor = tensors[name].detach().cpu().contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file, {name: tensor} on the CPU.
-
-    The tensors share one memory map that is private to this process: writing to them does not change the file.
-    Raises UserError where the file is missing, cut off, or its header does not describe its bytes.
-    """
-    path = Path(path)
-
-    def refuse(what: str) -> UserError:
-        return UserError(f"{path}: {what}; the file is damaged or not safetensors: copy or download it again")
-
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):  # the limit of the reference implementation
-            raise refuse(f"its header should be {length:,} bytes long, but the file has {size:,}")
-        text = file.read(length)
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
-    tensors, expected, total = {}, 0, len(data)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (begin, end), shape, dtype = entry["data_offsets"], list(entry["shape"]), DTYPES[entry["dtype"]]
-            if any(type(n) is not int or not 0 <= n < 2**63 for n in [begin, end, *shape]):
-                raise ValueError(f"tensor {name!r} has a size that is no number")
-            if begin != expected or end > total or end - begin != math.prod(shape) * dtype.itemsize:
-                raise refuse(f"tensor {name!r} {shape} does not fit its place {begin}..{end} of {total} bytes")
-            aligned = begin % dtype.itemsize == 0 and (8 + length) % 8 == 0
-            raw = data[begin:end] if aligned else data[begin:end].clone()
-            tensors[name] = raw.view(dtype).reshape(shape)
-            expected = end
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise refuse(f"its header cannot be read ({type(error).__name__}: {error})") from None
-    if expected != total:
-        raise refuse(f"{total - expected:,} bytes belong to no tensor")
-    return tensors
-
-
-# ---------------------------------------------------------------- weights of a model
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a model's file holds: each parameter once, though it may have two places (a tied head), and buffers."""
-    persistent = model.state_dict()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {name: p.detach() for name, p in model.named_parameters()} | buffers
-
-
-def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where: str | Path) -> None:
-    """Copies named tensors into a model. Raises UserError listing what is missing, extra or has another shape."""
-    check_shapes(weights(model), tensors, where)
-    if bad := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
-        raise UserError(f"{where}: {bad[0]} holds values that are no numbers (as do {len(bad) - 1} others): of no use")
-    with torch.no_grad():
-        for name, tensor in weights(model).items():
-            tensor.copy_(tensors[name])
-
-
-def check_shapes(wanted: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], where: str | Path) -> None:
-    have, want = ({n: list(tensor.shape) for n, tensor in named.items()} for named in (tensors, wanted))
-    problems = [f"missing {n} {shape}" for n, shape in want.items() if n not in have]
-    problems += [f"extra {n} {shape}" for n, shape in have.items() if n not in want]
-    problems += [f"{n} is {have[n]}, not {shape}" for n, shape in want.items() if have.get(n, shape) != shape]
-    if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise UserError(f"{where}: the weights do not fit the model: {shown}")
-
-
-def loaded(make: Callable[[], torch.nn.Module], tensors: dict[str, torch.Tensor], where: str | Path) -> torch.nn.Module:
-    """make() with these weights; it takes no memory before their shapes are known to fit."""
-    check_shapes(weights_wanted(make, where), tensors, where)
-    model = make()
-    load_weights(model, tensors, where)
-    return model
-
-
-def weights_wanted(make: Callable[[], torch.nn.Module], where: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of make() without their values, which take no memory. Raises UserError where none can be so large."""
-    try:
-        with torch.device("meta"):
-            return weights(make())
-    except (RuntimeError, OverflowError) as error:
-        raise UserError(f"{where}: its settings are of no model ({str(error).splitlines()[0]})") from None
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or not tensor.numel() or bool(torch.isfinite(tensor.abs().max()))

@@ -80,7 +80,7 @@ def test_steps_instead_of_epochs(run, labelled, tmp_path, command):
 
 def test_fine_tuning_from_published_weights(labelled, tmp_path, command):
     """The fixture has 61 tokens, fewer than any byte-level tokenizer: a table of the right size is put in."""
-    from mini.storage import load_tensors, save_tensors
+    from mini.tensors import load_tensors, save_tensors
 
     published = tmp_path / "published"
     published.mkdir()

@@ -28,9 +28,9 @@ from mini.model.bert import Bert
 from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
 from mini.presets import BERT_PRESETS, GPT_PRESETS
-from mini.storage import load_tensors
 from mini.tasks.pairs import PromptAnswers
 from mini.tasks.qa import read_squad
+from mini.tensors import load_tensors
 from mini.text.corpus import DataConfig, open_corpus
 from mini.text.rows import read_rows
 from mini.text.tokenizer import load_tokenizer, make_tokenizer

@@ -1,81 +1,8 @@
-import json
 import os
-import struct
 
 import pytest
-import torch
 
-from mini.errors import UserError
-from mini.storage import atomic_file, atomic_folder, load_tensors, save_tensors
-
-
-def test_every_dtype_survives(tmp_path):
-    torch.manual_seed(0)
-    tensors = {
-        str(dtype): (torch.randn(3, 5) * 9).to(dtype)
-        for dtype in (
-            torch.float64,
-            torch.float32,
-            torch.float16,
-            torch.bfloat16,
-            torch.int64,
-            torch.int8,
-            torch.uint8,
-            torch.bool,
-        )
-    }
-    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "transposed": torch.randn(4, 3).t()}
-    save_tensors(tmp_path / "x.safetensors", tensors)
-    loaded = load_tensors(tmp_path / "x.safetensors")
-    assert loaded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
-
-
-def test_same_tensors_same_bytes(tmp_path):
-    save_tensors(tmp_path / "a", {"x": torch.ones(3), "y": torch.zeros(2)})
-    save_tensors(tmp_path / "b", {"y": torch.zeros(2), "x": torch.ones(3)})
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_writing_to_a_loaded_tensor_leaves_the_file(tmp_path):
-    save_tensors(tmp_path / "a", {"x": torch.ones(3)})
-    load_tensors(tmp_path / "a")["x"].zero_()
-    assert load_tensors(tmp_path / "a")["x"].tolist() == [1, 1, 1]
-
-
-def make(header: dict | bytes, data: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"abc",
-        struct.pack("<Q", 2**60) + b"{}",
-        make({"x": ONE}, bytes(8))[:12],  # cut off inside the header
-        make({"x": ONE}, bytes(7)),  # cut off inside the data
-        make({"x": ONE}, bytes(9)),  # bytes of no tensor
-        make(b"{not json}"),
-        make(b"[1, 2]"),
-        make({"x": {**ONE, "dtype": "F33"}}, bytes(8)),
-        make({"x": {**ONE, "shape": [3]}}, bytes(8)),
-        make({"x": {**ONE, "shape": [-2]}}, bytes(8)),
-        make({"x": {**ONE, "data_offsets": [8, 0]}}, bytes(8)),
-        make({"x": ONE, "y": ONE}, bytes(8)),  # two tensors in one place
-        make({"x": {"dtype": "F32", "shape": [2]}}, bytes(8)),
-    ],
-)
-def test_damaged_files_are_refused(tmp_path, content):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.safetensors"):
-        load_tensors(path)
+from mini.storage import atomic_file, atomic_folder, remove
 
 
 def test_failed_writes_leave_what_was_there(tmp_path):
@@ -87,3 +14,35 @@ def test_failed_writes_leave_what_was_there(tmp_path):
         (temporary / "a").write_text("half")
         raise RuntimeError
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+def test_what_may_not_be_deleted_stays_whole(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("x")
+    (tmp_path / "b").write_text("b")
+    monkeypatch.setattr(os, "access", lambda path, mode: "a" not in str(path)[-2:])
+    with pytest.raises(PermissionError):
+        remove(tmp_path, ["b", "a"])
+    assert (tmp_path / "a" / "x").read_text() == "x" and (tmp_path / "b").read_text() == "b"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_temporaries_of_dead_processes_go(tmp_path):
+    dead = 2**22 + 1  # above the highest number of a process
+    host = os.uname().nodename
+    (tmp_path / f".a.{dead}@{host}.tmp").write_text("x")
+    (tmp_path / f".b.{dead}@{host}.tmp").mkdir()
+    (tmp_path / f".c.{os.getpid()}@{host}.tmp").write_text("x")
+    (tmp_path / f".d.{dead}@elsewhere.tmp").write_text("x")
+    with atomic_file(tmp_path / "new") as path:
+        path.write_text("y")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [f".c.{os.getpid()}@{host}.tmp", f".d.{dead}@elsewhere.tmp", "new"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("1")
+    with atomic_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("2")
+    assert (tmp_path / "a" / "x").read_text() == "2" and [p.name for p in tmp_path.iterdir()] == ["a"]

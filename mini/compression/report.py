@@ -20,7 +20,8 @@ from tqdm import tqdm
 from mini.flags import Checked, UserError, option
 from mini.model import int8, sparse
 from mini.model.transformer import KVCache, Model
-from mini.storage import check_output, digest_tensors, load_tensors, save_tensors, write_json, write_text
+from mini.storage import check_output, write_json, write_text
+from mini.tensors import digest_tensors, load_tensors, save_tensors
 from mini.training.devices import World, can_compile, device_name, keep_memory, pick_device
 from mini.training.loop import evaluate
 from mini.training.runs import load_model

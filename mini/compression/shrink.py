@@ -18,7 +18,7 @@ from mini.compression.prune import PruneConfig, keep_highest
 from mini.flags import Checked, UserError, option
 from mini.model.sparse import Masks, mask_key, mask_tensors
 from mini.model.transformer import Model
-from mini.storage import load_weights, weights
+from mini.tensors import load_weights, weights
 
 # The module of a block, and the field of its config.
 UNITS = {"heads": ("attention", "n_heads"), "neurons": ("mlp", "d_ff")}

@@ -13,8 +13,9 @@ from mini.compression import distill, rewrite
 from mini.compression.distill import DistillConfig
 from mini.errors import UserError
 from mini.model.transformer import Model
-from mini.storage import digest_tensors, sha256, weights
+from mini.storage import sha256
 from mini.tasks.base import Task
+from mini.tensors import digest_tensors, weights
 from mini.text.corpus import DataConfig
 from mini.text.tokenizer import load_tokenizer
 from mini.training import checkpoints, runs

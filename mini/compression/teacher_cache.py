@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini.errors import UserError
-from mini.storage import digest_tensors, load_tensors, save_tensors, weights
+from mini.tensors import digest_tensors, load_tensors, save_tensors, weights
 
 
 class TeacherCache:

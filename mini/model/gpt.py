@@ -11,7 +11,7 @@ from mini.errors import UserError
 from mini.model.config import ModelConfig
 from mini.model.published import gpt2_config, gpt2_tensors
 from mini.model.transformer import KVCache, Linear, Model, at_positions, linear_flops, real_tokens
-from mini.storage import loaded
+from mini.tensors import loaded
 
 
 class GPT(Model):

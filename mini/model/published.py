@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mini.flags import UserError, from_dict
 from mini.model.config import ModelConfig
-from mini.storage import load_tensors, read_json
+from mini.storage import read_json
+from mini.tensors import load_tensors
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 

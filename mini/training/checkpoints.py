@@ -15,6 +15,7 @@ from torch import nn
 from mini import storage
 from mini.flags import UserError, from_dict
 from mini.model import int8, sparse
+from mini.tensors import load_tensors, load_weights, save_tensors, weights
 
 LEARNING = "learning."  # before the names of what is never served
 FINAL = ("config.json", "tokenizer.json", "tokenizer.tiktoken", "vocab.txt", "model.safetensors")  # a finished run
@@ -40,7 +41,7 @@ class State:
 
 def served(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights without what exists only while they learn."""
-    return {name: tensor for name, tensor in storage.weights(model).items() if not name.startswith(LEARNING)}
+    return {name: tensor for name, tensor in weights(model).items() if not name.startswith(LEARNING)}
 
 
 def save_model(model: nn.Module, folder: Path) -> dict:
@@ -49,7 +50,7 @@ def save_model(model: nn.Module, folder: Path) -> dict:
     model.cpu()
     if int8.is_prepared(model):
         int8.convert(model)
-    storage.save_tensors(folder / "model.safetensors", sparse.pack(served(model)))
+    save_tensors(folder / "model.safetensors", sparse.pack(served(model)))
     return figures | {"bytes": (folder / "model.safetensors").stat().st_size}
 
 
@@ -88,8 +89,8 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizers: list, state: dic
     """Writes checkpoints/step-N, N = state["step"], whole or not at all; deletes all but the newest `keep`."""
     path = folder / "checkpoints" / f"step-{state['step']:08d}"
     with storage.atomic_folder(path) as temporary:
-        storage.save_tensors(temporary / "model.safetensors", storage.weights(model))
-        storage.save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizers))
+        save_tensors(temporary / "model.safetensors", weights(model))
+        save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizers))
         checksums = {file.name: storage.sha256(file) for file in sorted(temporary.iterdir())}
         content = {**state, "config": config_sha256(folder), "sha256": checksums}
         storage.write_json(temporary / "state.json", {**content, "check": digest(content)})
@@ -118,7 +119,7 @@ def drop_best(folder: Path, unneeded: Callable[[int], bool]) -> None:
 
 def keep_best(folder: Path, model: nn.Module, step: int) -> str:
     """Writes the weights of the best step so far; returns their checksum."""
-    storage.save_tensors(best_file(folder, step), served(model))
+    save_tensors(best_file(folder, step), served(model))
     if not checkpoints(folder):  # then a run that is interrupted begins anew
         drop_best(folder, lambda other: other < step)
     return storage.sha256(best_file(folder, step))
@@ -131,7 +132,7 @@ def load_best(folder: Path, model: nn.Module, state: dict) -> None:
         raise UserError(
             f"{path}: missing or damaged: the weights of the best step are lost; --overwrite true begins anew"
         )
-    storage.load_weights(model, storage.load_tensors(path), path)
+    load_weights(model, load_tensors(path), path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -177,8 +178,8 @@ def digest(content: dict) -> str:
 
 def load_checkpoint(path: Path, model: nn.Module, optimizers: list) -> dict:
     """Puts a checkpoint's weights and optimizer state into place and returns the state it was saved with."""
-    storage.load_weights(model, storage.load_tensors(path / "model.safetensors"), path)
-    tensors = storage.load_tensors(path / "optimizer.safetensors")
+    load_weights(model, load_tensors(path / "model.safetensors"), path)
+    tensors = load_tensors(path / "optimizer.safetensors")
     for index, optimizer in enumerate(optimizers):
         for name, parameter in named(model, optimizer):
             prefix = f"{index}/{name}/"

@@ -25,19 +25,9 @@ from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
 from mini.model.published import published_kind
 from mini.model.transformer import Model
-from mini.storage import (
-    atomic_folder,
-    load_tensors,
-    load_weights,
-    loaded,
-    locked,
-    read_json,
-    remove,
-    weights,
-    weights_wanted,
-    write_json,
-)
+from mini.storage import atomic_folder, locked, read_json, remove, write_json
 from mini.tasks import TASKS
+from mini.tensors import load_tensors, load_weights, loaded, weights, weights_wanted
 from mini.text.corpus import DataConfig
 from mini.text.tokenizer import Tokenizer, load_tokenizer
 from mini.training.checkpoints import LEARNING, check_files, newest_checkpoint

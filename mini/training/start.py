@@ -12,9 +12,9 @@ from mini.flags import Checked, UserError, field_names, nearest, option, parse_f
 from mini.model import int8, sparse
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
-from mini.storage import weights
 from mini.tasks import TASKS
 from mini.tasks.base import Task
+from mini.tensors import weights
 from mini.text.corpus import DataConfig
 from mini.text.tokenizer import Tokenizer, init_tokenizer, make_tokenizer
 from mini.text.tokens import prepare_tokens

@@ -17,12 +17,12 @@ from mini.compression.shrink import without_layers
 from mini.errors import UserError
 from mini.model.transformer import View, attend_reference
 from mini.presets import ENCODER, MODERN
-from mini.storage import load_tensors
 from mini.tasks.base import Batch, Task
 from mini.tasks.classify import Classification
 from mini.tasks.lm import LanguageModelling
 from mini.tasks.masked import MaskedLanguageModelling
 from mini.tasks.qa import QuestionAnswering
+from mini.tensors import load_tensors
 
 SIZE = dict(n_layers=4, n_heads=4, d_model=32, max_len=16, vocab_size=60)
 WAYS = [

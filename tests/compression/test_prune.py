@@ -12,8 +12,8 @@ from mini.compression.prune import PruneConfig
 from mini.errors import UserError
 from mini.model import sparse
 from mini.presets import ENCODER, MODERN
-from mini.storage import save_tensors, weights
 from mini.tasks.base import Batch, Task
+from mini.tensors import save_tensors, weights
 from mini.training.optim import OptimConfig, make_optimizers
 
 SIZE = dict(n_layers=3, n_heads=4, d_model=32, max_len=16, vocab_size=60)

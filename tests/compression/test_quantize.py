@@ -12,8 +12,8 @@ from mini.compression.quantize import QuantConfig
 from mini.errors import UserError
 from mini.model import int8
 from mini.presets import ENCODER, MODERN
-from mini.storage import weights
 from mini.tasks.base import Batch
+from mini.tensors import weights
 
 SIZE = dict(n_layers=2, n_heads=4, d_model=32, max_len=16, vocab_size=60)
 WAYS = [dict(SIZE), dict(SIZE, **MODERN), dict(SIZE, **ENCODER, norm_place="post", mlm=True, nsp=True)]

@@ -16,8 +16,8 @@ from mini.compression.distill import DistillConfig
 from mini.compression.rewrite import RewriteConfig, candidates, rewrite, word_tokens, written_anew
 from mini.compression.teacher_cache import TeacherCache, merged_soft_targets
 from mini.errors import UserError
-from mini.storage import load_tensors, save_tensors
 from mini.tasks.metrics import classification_report
+from mini.tensors import load_tensors, save_tensors
 
 QUICK = ["--eval_every", 0, "--sample_every", 0]
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from mini import Bert, ModelConfig, load_run
 from mini.errors import UserError
 from mini.presets import BERT_PRESETS, ENCODER, MODERN, model_preset
-from mini.storage import load_tensors, save_tensors, weights
 from mini.tasks.base import IGNORE
 from mini.tasks.masked import MaskedLanguageModelling
+from mini.tensors import load_tensors, save_tensors, weights
 from mini.training.runs import copy_weights, read_labels
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "bert"

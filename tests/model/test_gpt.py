@@ -16,7 +16,7 @@ from mini.errors import UserError
 from mini.model.gpt import choose
 from mini.model.transformer import View, attend_fused, attend_reference, rope_table, rotate
 from mini.presets import model_preset
-from mini.storage import load_tensors, save_tensors
+from mini.tensors import load_tensors, save_tensors
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "gpt2"
 SMALL = ModelConfig(n_layers=2, n_heads=4, d_model=32, max_len=24, vocab_size=50)

@@ -8,7 +8,7 @@ from mini import GPT, Bert, ModelConfig
 from mini.compression.shrink import without_layers, without_units
 from mini.model.transformer import View, attend_fused, attend_reference
 from mini.presets import MODERN
-from mini.storage import weights
+from mini.tensors import weights
 
 SIZE = dict(n_layers=3, n_heads=4, d_model=32, max_len=16, vocab_size=60)
 

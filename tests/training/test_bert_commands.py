@@ -11,8 +11,8 @@ import torch
 from conftest import TINY, last_json, metrics
 
 from mini import load_run
-from mini.storage import load_tensors, save_tensors
 from mini.tasks.hidden import HiddenStates
+from mini.tensors import load_tensors, save_tensors
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "bert"
 

@@ -12,7 +12,7 @@ from conftest import TINY, command_line, environment, last_json
 
 from mini import GPT, load_run
 from mini.flags import UserError, first_to_say
-from mini.storage import atomic_file, atomic_folder, load_tensors, remove, save_tensors
+from mini.tensors import load_tensors, save_tensors
 from mini.training import checkpoints
 from mini.training.devices import World
 from mini.training.speed import Speedometer
@@ -55,17 +55,6 @@ def test_overwrite_refuses_where_something_is_read_or_another_run_lies_within(te
     assert sorted(run.rglob("*")) == before
 
 
-def test_what_may_not_be_deleted_stays_whole(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x").write_text("x")
-    (tmp_path / "b").write_text("b")
-    monkeypatch.setattr(os, "access", lambda path, mode: "a" not in str(path)[-2:])
-    with pytest.raises(PermissionError):
-        remove(tmp_path, ["b", "a"])
-    assert (tmp_path / "a" / "x").read_text() == "x" and (tmp_path / "b").read_text() == "b"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
-
-
 def test_outputs_replace_only_what_they_wrote(tmp_path, gpt, run, labelled, command):
     weights = (run / "model.safetensors").read_bytes()
     more = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv", "--steps", 1, "--out", tmp_path / "c"]
@@ -87,19 +76,6 @@ def test_an_empty_folder_whose_start_was_cut_short_is_filled(text_file, tmp_path
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     refused(command("train_gpt.py", "--data", text_file, *QUICK, "--out", tmp_path / "mine", status=2), "thesis.tex")
-
-
-def test_temporaries_of_dead_processes_go(tmp_path):
-    dead = 2**22 + 1  # above the highest number of a process
-    host = os.uname().nodename
-    (tmp_path / f".a.{dead}@{host}.tmp").write_text("x")
-    (tmp_path / f".b.{dead}@{host}.tmp").mkdir()
-    (tmp_path / f".c.{os.getpid()}@{host}.tmp").write_text("x")
-    (tmp_path / f".d.{dead}@elsewhere.tmp").write_text("x")
-    with atomic_file(tmp_path / "new") as path:
-        path.write_text("y")
-    names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == [f".c.{os.getpid()}@{host}.tmp", f".d.{dead}@elsewhere.tmp", "new"]
 
 
 # ---------------------------------------------------------------- wrong, silently
@@ -237,14 +213,6 @@ def test_half_a_character(run, command):
 def test_metrics_that_are_none(run):
     (run / "metrics.jsonl").write_text('{"step": "x", "loss": 1.0}\n{"step": 3, "loss": 2.5}\n' + "[" * 100_000 + "\n")
     assert [row["step"] for row in checkpoints.read_metrics(run)] == [3]
-
-
-def test_another_process_waits_for_the_same_folder(tmp_path):
-    with atomic_folder(tmp_path / "a") as folder:
-        (folder / "x").write_text("1")
-    with atomic_folder(tmp_path / "a") as folder:
-        (folder / "x").write_text("2")
-    assert (tmp_path / "a" / "x").read_text() == "2" and [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_of_many_processes_each_mistake_is_said_once(tmp_path, monkeypatch):

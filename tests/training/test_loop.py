@@ -14,7 +14,7 @@ import torch
 from conftest import TINY, Forked, command_line, environment, last_json, lm_loss, metrics, signalled
 
 from mini import load_run
-from mini.storage import load_tensors
+from mini.tensors import load_tensors
 from mini.training.checkpoints import newest_checkpoint
 from mini.training.loop import is_better
 
