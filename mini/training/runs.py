@@ -210,9 +210,8 @@ def claim(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool
 
 
 def make_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool) -> None:
-    if overwrite and folder.exists() and any(folder.iterdir()):
-        discard(folder, config)
-    if (folder / "config.json").exists():
+    is_run = (folder / "config.json").exists()
+    if is_run and not overwrite:
         differences = compare(read_config(folder), config)
         if read_json(folder / "config.json")["format"] != FORMAT and not (folder / "result.json").exists():
             differences = ["it was begun by an older version, whose training was another"]
@@ -223,7 +222,9 @@ def make_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite
             raise UserError(f"{folder} holds another run: {'; '.join(differences)}. {how}")
     elif folder.exists():  # perhaps a link or a mounted disk: filled, not replaced; config.json last
         strange = [path.name for path in folder.iterdir() if not RUN_FILES.fullmatch(path.name)]
-        if strange and not overwrite:
+        if is_run:
+            discard(folder, config)
+        elif strange:
             raise UserError(f"{folder}: not a run folder (there is {strange[0]!r}, and no config.json): name another")
         tokenizer.save(folder)
         config.save(folder)
@@ -234,7 +235,7 @@ def make_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite
 
 
 def discard(folder: Path, config: RunConfig) -> None:
-    """Deletes the run in a folder, for which only the files of a run are; all of it or, where that is refused, nothing.
+    """Deletes the files of the run in a folder, or where that is refused none; config.json stays, to be replaced.
 
     Raises UserError where it is no run, or something lies in it that the new run reads, or another run.
     """
@@ -246,7 +247,8 @@ def discard(folder: Path, config: RunConfig) -> None:
         with contextlib.suppress(OSError, ValueError):  # a text that cannot be a path
             if path.exists() and path.resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"--overwrite true: {path} lies in {folder}, and would be lost: name another --out")
-    remove(folder, [path.name for path in folder.iterdir() if RUN_FILES.fullmatch(path.name)])
+    files = [path.name for path in folder.iterdir() if RUN_FILES.fullmatch(path.name)]
+    remove(folder, [name for name in files if name != "config.json" and not name.endswith(".tmp")])
 
 
 def compare(old: RunConfig, new: RunConfig) -> list[str]:
