@@ -39,15 +39,18 @@ def run_forked(argv: list, cache: Path, inside: Path, kill_at: int = -1) -> tupl
 
 
 @pytest.fixture(scope="module")
-def commands(gpt, bert, labelled, squad_file, text_file, command, tmp_path_factory) -> dict:
+def commands(gpt, labelled, squad_file, text_file, command, tmp_path_factory) -> dict:
     """{name: (the command but for its --out, what it makes, the run that is there already, if any)}
 
     What each makes is wholly decided by its flags, but for the times in a report.
     """
     files = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv"]
     questions = ["--train", squad_file, "--valid", squad_file]
-    classifier = tmp_path_factory.mktemp("runs") / "classifier"
-    command("train_bert.py", "--task", "classify", "--init", bert, *files, "--steps", 2, "--out", classifier)
+    bert, classifier = (tmp_path_factory.mktemp("runs") / name for name in ("bert", "classifier"))
+    words = ["--nsp", "false", *TINY, "--tokenizer", "bpe", "--vocab_size", 300, "--eval_every", 0, "--sample_every", 0]
+    command("train_bert.py", "--data", text_file, *words, "--steps", 150, "--out", bert)
+    more = ["--task", "classify", "--init", bert, *files, "--epochs", 20, "--lr", 3e-3]
+    command("train_bert.py", *more, "--out", classifier)
     train, run = ["train_gpt.py", "--data", text_file, *TINY, *SHORT], "out/model.safetensors"
     best = ["--task", "classify", "--init", bert, *files, *SHORT, "--eval_every", 1, "--lr", 0.01]
     tinybert = ["--recipe", "tinybert", "--copies", 1, "--general_steps", 2]
@@ -55,7 +58,7 @@ def commands(gpt, bert, labelled, squad_file, text_file, command, tmp_path_facto
         "train_gpt.py": (train, run),
         "train_gpt.py into a folder that is there": (train, "model.safetensors"),
         "train_gpt.py --overwrite": ([*train, "--overwrite", "true"], run, gpt),
-        "train_bert.py": (["train_bert.py", "--data", text_file, *TINY, *SHORT], run),
+        "train_bert.py": (["train_bert.py", "--data", text_file, "--nsp", "false", *TINY, *SHORT], run),
         "train_bert.py --task classify": (["train_bert.py", *best], run),
         "train_bert.py --task qa": (["train_bert.py", "--task", "qa", "--init", bert, *questions, *SHORT], run),
         "compress.py prune": (["compress.py", "prune", gpt, *SHORT], run),
