@@ -1,6 +1,7 @@
 """One door for everything but training: python -m mini COMMAND (or, installed, mini COMMAND)."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,11 +15,11 @@ from tqdm import tqdm
 
 from mini import bench as benchmarks
 from mini.compression import rewrite as rewriting
-from mini.flags import Checked, UserError, dispatch, option, parse_flags, peek, run_command
+from mini.flags import Checked, UserError, dispatch, of_type, option, parse_flags, peek, run_command
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.presets import BERT
-from mini.storage import atomic_file, begins, check_output, write_text
+from mini.storage import atomic_file, write_text
 from mini.tasks import qa
 from mini.tasks.classify import ClassifyConfig
 from mini.tasks.inputs import cut_note, masked_ids, pad, pad_texts, text_ids
@@ -26,11 +27,11 @@ from mini.tasks.masked import show_token
 from mini.text.corpus import DataConfig
 from mini.text.rows import read_rows, text_columns
 from mini.text.tokenizer import Tokenizer
-from mini.text.tokens import is_token_folder, made_of, open_tokens, write_token_folder
+from mini.text.tokens import is_token_folder, open_tokens, ready_tokenizer, source_name, write_token_folder
 from mini.text.words import NORMALIZATIONS, normalize, parse_steps
 from mini.training.checkpoints import read_result
 from mini.training.devices import can_compile, pick_device, progress_bar
-from mini.training.runs import is_published, load_run, read_config, read_labels
+from mini.training.runs import begins, check_output, is_published, load_run, read_config, read_labels
 
 TABLES = (".tsv", ".csv", ".jsonl")
 LABELS = "label\tprobability\ttext"  # the first line of what classify writes
@@ -110,7 +111,7 @@ class ClassifyOptions(RunOptions):
 def classify(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [ClassifyOptions], ClassifyOptions.__doc__)
     if options.out:
-        check_output(Path(options.out), lambda path: begins(path, LABELS.encode()))
+        check_output(Path(options.out), lambda path: begins(path, f"{LABELS}\n".encode()), options.texts)
     model, tokenizer = load_run(options.run, pick_device(options.device))
     if not model.config.n_classes:
         raise UserError(f"{options.run} is not a classifier: train_{model.kind}.py --task classify makes one of it")
@@ -124,7 +125,7 @@ def classify(argv: list[str]) -> None:
     best = logits.softmax(dim=-1).max(dim=-1)
     lines = [LABELS]
     for row, p, i in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
-        lines.append(f"{one_line(labels[i])}\t{p:.4f}\t{one_line(' '.join(row))}")
+        lines.append(f"{escaped(labels[i])}\t{p:.4f}\t{one_line(' '.join(row))}")
     if options.out:
         write_text(Path(options.out), "\n".join(lines) + "\n")
         print(f"{len(rows):,} labels are in {options.out}")
@@ -147,6 +148,11 @@ def read_texts(given: list[str]) -> list[list[str]]:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def escaped(label: str) -> str:
+    """A label as it is, but for tabs and line breaks."""
+    return re.sub(r"[^\S ]", lambda match: repr(match[0])[1:-1], label)
 
 
 def warn(notes: list[str]) -> None:
@@ -245,6 +251,7 @@ def answer(argv: list[str]) -> None:
         spans.append(found.cpu())
     ((null, answers),) = qa.collect(windows, torch.cat(spans))
     threshold = (read_result(Path(options.run)) or {}).get("null_threshold")
+    threshold = of_type(threshold, float | None, f"{options.run}/result.json: null_threshold")
     scores = [found.score for found in answers] + ([null] if threshold is not None else [])
     shares = torch.tensor(scores).softmax(dim=0).tolist()  # among the candidates, as in Devlin's run_squad.py
     if not answers or (threshold is not None and null - answers[0].score > threshold):
@@ -333,13 +340,14 @@ def tokens(argv: list[str]) -> None:
     if not options.out:
         raise UserError("name the folder to make with --out DIR")
     data = replace(data, data=options.files[0] if len(options.files) == 1 else options.files)
+    tokenizer = ready_tokenizer(data)
     if is_token_folder(options.out):
         folder = open_tokens(options.out)
-        if folder.meta.source != made_of(data, options.vocab_size):
+        if folder.meta.source != source_name(data, options.vocab_size, tokenizer):
             raise UserError(f"{options.out} is another token folder: delete it, or name another with --out")
         print(f"{options.out} is finished already")
     else:
-        folder = write_token_folder(data, options.vocab_size, None, Path(options.out), options.workers or None)
+        folder = write_token_folder(data, options.vocab_size, tokenizer, Path(options.out), options.workers)
     splits = vars(folder.meta.splits)
     for name, split in splits.items():
         print(

@@ -53,7 +53,7 @@ class Checked:
             for number in value if isinstance(value, list) else [value]:
                 most = LARGEST.get(type(number)) if high is None else high
                 if type(number) in LARGEST and not max(low, -most) <= number <= most:  # nor is nan
-                    bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {most:g}"] * (number > most)
+                    bounds = [f"at least {low:,}"] * (low > -math.inf) + [f"at most {most:,}"] * (number > most)
                     raise UserError(f"--{f.name} {number}: must be {' and '.join(bounds) or 'a number'}")
 
 
@@ -205,7 +205,7 @@ def parse_flags(argv: list[str], classes: list, description: str, presets: dict[
     parser.refuse_unknown(unknown)
 
     given = {name: text for name, text in vars(known).items() if name != "preset"}
-    if empty := [name for name, text in given.items() if text == "" or text == []]:
+    if empty := [name for name, text in given.items() if not text or (isinstance(text, list) and "" in text)]:
         raise UserError(f"--{empty[0]}: it is empty; give it a value, or leave it out")
     objects = []
     for cls in classes:
@@ -230,6 +230,10 @@ def dispatch(argv: list[str], commands: dict[str, tuple[Callable, str]], program
     commands[name][0](rest)
 
 
+# How PyTorch says so, on a GPU and on the CPU; and of sizes that no memory has.
+NO_MEMORY = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs a command on sys.argv; a user's mistake becomes one line and exit status 2."""
     for stream in (sys.stdout, sys.stderr):  # half a character, which a command line can hold, ends no command
@@ -248,9 +252,10 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except OSError as error:  # a full disk, a folder that may not be written
         message, status = f"error: {error.filename or 'the system'}: {error.strerror or error}", 2
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error) and "overflow" not in str(error):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
-        message, status = "error: this machine has not enough memory for that: give smaller sizes", 2
+        what = (str(error).splitlines() or ["MemoryError"])[0]
+        message, status = f"error: not enough memory here ({what}): give smaller sizes", 2
     if first_to_say(message):
         print(message, file=sys.stderr)
     raise SystemExit(status)
@@ -260,7 +265,7 @@ def first_to_say(message: str) -> bool:
     """Whether no other of torchrun's processes on this machine has said the same: what all of them see is one line."""
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return True
-    common = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # of this start, removed with it
+    common = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1]  # of this start alone
     with contextlib.suppress(OSError):
         os.close(os.open(common / hashlib.sha256(message.encode(errors="replace")).hexdigest(), os.O_CREAT | os.O_EXCL))
         return True

@@ -7,12 +7,15 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mini.errors import UserError
+
+START = secrets.token_hex(4)  # tells this process from an earlier one of its number
 
 
 def fsync(path: Path) -> None:
@@ -27,20 +30,31 @@ def fsync(path: Path) -> None:
 def beside(path: Path) -> Path:
     """A hidden name beside a file or folder, with the process and the machine that make it."""
     sweep(path.parent)
-    return path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}-{START}@{machine()}.tmp")
 
 
 @functools.cache  # once for a folder and a process: it may have many files
 def sweep(folder: Path) -> None:
     """Removes what processes of this machine that are gone have left in a folder, half written."""
     for left in folder.glob(".*.tmp"):
-        made_by = re.fullmatch(r"\..+\.(\d+)@(.+)\.tmp", left.name)
-        if made_by and made_by[2] == socket.gethostname() and not running(int(made_by[1])):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        made_by = re.fullmatch(r"\..+\.(\d+)-(\w+)@(.+)\.tmp", left.name)
+        if made_by and made_by[3] == machine() and not running(int(made_by[1]), made_by[2]):
+            shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+                left.unlink()
 
 
-def running(process: int) -> bool:
-    """Whether there is a process of this number on this machine."""
+@functools.cache
+def machine() -> str:
+    """Where a number means the same process: a host, or a container on it."""
+    namespace = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}-{namespace.stat().st_ino if namespace.exists() else 0}"
+
+
+def running(process: int, start: str) -> bool:
+    """Whether there is a process of this number on this machine, and not this one with the number of an earlier."""
+    if process == os.getpid():
+        return start == START
     try:
         os.kill(process, 0) if os.name == "posix" else None
     except (ProcessLookupError, OverflowError):
@@ -51,19 +65,28 @@ def running(process: int) -> bool:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError names this path where it names none, as of a full disk, or what stands for it until it is whole."""
+    try:
+        yield
+    except OSError as error:
+        if not error.filename or str(error.filename).endswith(".tmp"):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renamed to `path` when the block ends well, removed when not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     try:
-        yield temporary
-        fsync(temporary)
-        os.replace(temporary, path)
-        fsync(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names none
-        raise
+        with naming(path):
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -76,13 +99,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     temporary = beside(path)
     temporary.mkdir()
     try:
-        yield temporary
-        for file in [*temporary.iterdir(), temporary]:
-            fsync(file)
-        if path.exists():
-            remove(path.parent, [path.name])
-        os.replace(temporary, path)
-        fsync(path.parent)
+        with naming(path):
+            yield temporary
+            for file in [*temporary.iterdir(), temporary]:
+                fsync(file)
+            if path.exists():
+                remove(path.parent, [path.name])
+            os.replace(temporary, path)
+            fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -126,26 +150,16 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
             if not free:
                 yield False
                 return
-            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                continue  # who had it has removed it
             try:
-                yield True
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def check_output(path: Path, mine: Callable[[Path], bool] = lambda path: False) -> None:
-    """Refuses to write over anything but an earlier output of the same kind, which mine(path) tells."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise UserError(f"--out {path}: is no regular file; name a new one")
-    if path.exists() and not mine(path):
-        raise UserError(f"--out {path}: exists already and is not what this command writes; name another, or delete it")
-
-
-def begins(path: Path, mark: bytes) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(mark)) == mark
+                held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+            except FileNotFoundError:
+                held = False
+            if held:  # and not one that who had it has removed
+                try:
+                    yield True
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -154,10 +168,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False)
-    if not all(map(str.isprintable, text.split())):  # half a character, which UTF-8 has not, is written as \ud800
-        text = json.dumps(value, indent=1)
-    write_text(path, text + "\n")
+    try:
+        write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    except UnicodeEncodeError:  # half a character, which UTF-8 has not: written as \ud800
+        write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: str | Path) -> dict:

@@ -139,4 +139,7 @@ def weights_wanted(make: Callable[[], torch.nn.Module], where: str | Path) -> di
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    return not tensor.is_floating_point() or not tensor.numel() or bool(torch.isfinite(tensor.abs().max()))
+    """Whether none of its values is an infinity or no number: its smallest and its largest tell."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())

@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from mini import storage
 from mini.storage import atomic_file, atomic_folder, remove
 
 
@@ -29,15 +30,16 @@ def test_what_may_not_be_deleted_stays_whole(tmp_path, monkeypatch):
 
 def test_temporaries_of_dead_processes_go(tmp_path):
     dead = 2**22 + 1  # above the highest number of a process
-    host = os.uname().nodename
-    (tmp_path / f".a.{dead}@{host}.tmp").write_text("x")
-    (tmp_path / f".b.{dead}@{host}.tmp").mkdir()
-    (tmp_path / f".c.{os.getpid()}@{host}.tmp").write_text("x")
-    (tmp_path / f".d.{dead}@elsewhere.tmp").write_text("x")
+    host = storage.machine()
+    (tmp_path / f".a.{dead}-0@{host}.tmp").write_text("x")
+    (tmp_path / f".b.{dead}-0@{host}.tmp").mkdir()
+    (tmp_path / f".e.{os.getpid()}-0@{host}.tmp").mkdir()  # of an earlier process with this one's number
+    (tmp_path / f".c.{os.getpid()}-{storage.START}@{host}.tmp").write_text("x")
+    (tmp_path / f".d.{dead}-0@elsewhere.tmp").write_text("x")
     with atomic_file(tmp_path / "new") as path:
         path.write_text("y")
     names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == [f".c.{os.getpid()}@{host}.tmp", f".d.{dead}@elsewhere.tmp", "new"]
+    assert names == [f".c.{os.getpid()}-{storage.START}@{host}.tmp", f".d.{dead}-0@elsewhere.tmp", "new"]
 
 
 def test_a_folder_is_replaced_whole(tmp_path):

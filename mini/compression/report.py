@@ -20,11 +20,11 @@ from tqdm import tqdm
 from mini.flags import Checked, UserError, option
 from mini.model import int8, sparse
 from mini.model.transformer import KVCache, Model
-from mini.storage import check_output, write_json, write_text
+from mini.storage import read_json, write_json, write_text
 from mini.tensors import digest_tensors, load_tensors, save_tensors
 from mini.training.devices import World, can_compile, device_name, keep_memory, pick_device
 from mini.training.loop import evaluate
-from mini.training.runs import load_model
+from mini.training.runs import check_output, load_model
 from mini.training.speed import call_times, load_pyplot
 from mini.training.start import open_own_task, open_run
 
@@ -56,8 +56,8 @@ class ReportOptions(Checked):
 def compare(options: ReportOptions) -> None:
     """Measures, prints the table and writes it."""
     device, forms, out = pick_device(options.device), [], Path(options.out)
-    for name, mark in {"report.md": b"| run | form |", "report.json": b'"heading": ', "report.png": b"PNG"}.items():
-        check_output(out / name, lambda path, mark=mark: mark in path.read_bytes())
+    for name in ("report.json", "report.md", "report.png"):
+        check_output(out / name, lambda path: read_json(out / "report.json").keys() == {"heading", "rows"})
     for i, run in enumerate(options.runs):
         model = load_model(run)
         quantized = int8.is_int8(model)
@@ -83,8 +83,8 @@ def compare(options: ReportOptions) -> None:
     text = f"{head}\n\n{table(rows)}\n\n{LEGEND}\n"
     print("\n" + text)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "report.md", text)
     write_json(out / "report.json", {"heading": head, "rows": rows})
+    write_text(out / "report.md", text)
     plot(rows, out / "report.png")
     print(json.dumps({"out": str(out), "rows": len(rows)}))
 

@@ -178,10 +178,10 @@ def choose(
 
     top_k keeps the k likeliest; top_p the fewest whose probabilities sum to p (Holtzman et al. 2020, §3.1).
     """
-    if temperature < 1e-6:  # to float32 the same
-        return logits.argmax(dim=-1)
     if not bool(torch.isfinite(logits).all()):
         raise UserError("the model's scores are no numbers: its weights are of no use")
+    if temperature < 1e-6:  # to float32 the same
+        return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow at low temperatures
     if top_k:
         values, kept = logits.topk(min(top_k, logits.size(-1)))  # (B, k)

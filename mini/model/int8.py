@@ -241,7 +241,8 @@ def restore(model: nn.Module) -> nn.Module:
 
 def ranges_of(tensors: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
     """What `prepare` needs to make the layers that these tensors are of: of weights(model), or of a file."""
-    return {n.removesuffix(RANGE): tuple(t.tolist()) for n, t in tensors.items() if n.endswith(RANGE) and len(t) == 2}
+    found = {name.removesuffix(RANGE): tensor for name, tensor in tensors.items() if name.endswith(RANGE)}
+    return {name: tuple(tensor.tolist()) for name, tensor in found.items() if tensor.shape == (2,)}
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -151,7 +151,8 @@ def with_heads(config: ModelConfig, tensors: dict[str, Tensor], folder: str | Pa
     """The config of a BERT with the heads that its tensors are of."""
     heads = {head: f"{name}.weight" in tensors for head, name in
              dict(mlm="mlm.dense", nsp="nsp", pooler="pooler", spans="spans").items()}  # fmt: skip
-    config = dataclasses.replace(config, **heads, n_classes=len(tensors.get("classifier.weight", ())))
+    n_classes = tensors["classifier.weight"].shape[:1].numel() if "classifier.weight" in tensors else 0
+    config = dataclasses.replace(config, **heads, n_classes=n_classes)
     if config.n_classes and not config.pooler:
         raise UserError(f"{folder}: a classifier of tokens, not of texts, which mini does not have")
     return config
@@ -168,6 +169,8 @@ def load_published(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin in it")
     try:  # the one pickle that mini opens, and only its tensors
         tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:
         raise UserError(f"{pickled}: not a file of tensors ({type(error).__name__}): download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in tensors.items()):

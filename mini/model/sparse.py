@@ -4,7 +4,7 @@ A mask alone makes nothing faster and no file smaller: masked weights are zeros 
 for each weight and the weights that stay (`pack`). Which weights go is chosen in compression/prune.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -97,10 +97,11 @@ def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def unpack(wanted: dict[str, Tensor], tensors: dict[str, Tensor], where) -> dict[str, Tensor]:
-    """The inverse; wanted: the weights of a model that the tensors are for, of which their shapes are looked at."""
-    tensors = dict(tensors)
-    for name in [name for name in tensors if name.endswith(".bits")]:
+def unpack(tensors: dict[str, Tensor], wanted: Callable[[], dict[str, Tensor]], where) -> dict[str, Tensor]:
+    """The inverse; wanted() are the weights of the model that the tensors are for, asked for their shapes alone."""
+    tensors, packed = dict(tensors), [name for name in tensors if name.endswith(".bits")]
+    wanted = wanted() if packed else {}
+    for name in packed:
         weight = name.removesuffix(".bits")
         if weight not in wanted or f"{weight}.kept" not in tensors:
             raise UserError(f"{where}: {name} belongs to no weight of this model")

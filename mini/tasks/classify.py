@@ -127,7 +127,7 @@ class Classification(FileTask):
         numbers = {label: i for i, label in enumerate(self.labels)}
         encoded, empty, lengths = [], [], []
         for place, row in rows:
-            if len(row["label"].splitlines()) != 1 or "\t" in row["label"]:
+            if row["label"].splitlines() != [row["label"]] or "\t" in row["label"]:
                 raise UserError(f"{place}: the label {row['label']!r} is empty, or has tabs or line breaks in it")
             if row["label"] not in numbers:
                 known = ", ".join(self.labels[:10])

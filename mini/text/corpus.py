@@ -21,7 +21,7 @@ from mini.flags import Checked, UserError, nearest, option
 from mini.text import python_docs
 from mini.text.fetch import KNOWN, KnownCorpus, fetch_known
 
-READING = 2  # raise it when the same files begin to be read as other text: cached tokens are then made anew
+READING = 1  # raise it when the same files begin to be read as other text: cached tokens are then made anew
 DEFAULT = "python-docs"
 BLOCK = 2**20  # bytes read from a file at a time
 PIECE = 2**19  # characters of the longest piece of a document

@@ -1,8 +1,10 @@
 """Corpora that are known by a name: fetched once, checked, and kept."""
 
+import errno
 import gzip
 import hashlib
 import http.client
+import lzma
 import os
 import ssl
 import struct
@@ -21,11 +23,10 @@ from mini.storage import atomic_file, locked
 
 ATTEMPTS = 20  # times a transfer that broke off is taken up again, as long as each brings more of it
 TIMEOUT = 30  # seconds without a byte
-NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, ssl.SSLError, TimeoutError)
-
-BAD_ARCHIVE = (
-    ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile
-)  # fmt: skip
+NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, ssl.SSLError, TimeoutError,
+                  ValueError)  # fmt: skip
+BAD_ARCHIVE = (OSError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error, lzma.LZMAError,
+               zipfile.BadZipFile)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def fetch_known(name: str) -> Path:
     """
     folder = cache_folder()
     try:
+        if (folder / f"{name}.txt").is_file():  # perhaps where nothing may be written
+            return fetch_into(folder, name)
         with locked(folder / name, wait=True):  # two processes share one download
             return fetch_into(folder, name)
     except OSError as error:
@@ -123,7 +126,8 @@ def download(url: str, part: Path, most: int) -> str | None:
                         file.write(chunk)
                         bar.update(len(chunk))
                         if file.tell() > 1.1 * most + 2**20:
-                            raise ValueError("it is larger than it should be")
+                            part.unlink()
+                            return "it is larger than it should be"
             arrived = part.stat().st_size
             if total is None or arrived == total:  # a connection that broke looks like a file's end
                 return None
@@ -135,9 +139,6 @@ def download(url: str, part: Path, most: int) -> str | None:
                 return None
             part.unlink()  # it is longer than the file it should be a part of
             continue
-        except ValueError as error:  # too large, or sent on to what is no address
-            part.unlink(missing_ok=True)
-            return str(error).encode("unicode_escape").decode()
         except NETWORK_ERRORS as error:
             failure = str(getattr(error, "reason", "") or error).encode("unicode_escape").decode()
         if not part.exists() or part.stat().st_size <= have:
@@ -155,6 +156,8 @@ def unpack(packed: Path, target: Path, known: KnownCorpus) -> str | None:
             if wrong := difference(temporary, known):
                 raise ValueError(wrong)  # leaves atomic_file before it gives the file its name
     except BAD_ARCHIVE as error:
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):  # a full disk, say; EINVAL: a seek to nowhere
+            raise
         return str(error) or type(error).__name__
     return None
 

@@ -1,5 +1,6 @@
 """What a run's folder holds while it trains and once it has: checkpoints, metrics.jsonl, the final weights."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,12 +14,13 @@ import torch
 from torch import nn
 
 from mini import storage
-from mini.flags import UserError, from_dict
+from mini.flags import UserError, from_dict, of_type
 from mini.model import int8, sparse
 from mini.tensors import load_tensors, load_weights, save_tensors, weights
 
 LEARNING = "learning."  # before the names of what is never served
 FINAL = ("config.json", "tokenizer.json", "tokenizer.tiktoken", "vocab.txt", "model.safetensors")  # a finished run
+BEST = re.compile(r"best-\d+\.safetensors")  # the weights of the best step so far
 CHANGED = (
     "damaged, or changed since the run was finished: copy it again (or, if it was meant to be, set MINI_UNCHECKED=1)"
 )
@@ -33,10 +35,10 @@ class State:
     seconds: float
     train_seconds: float
     best: dict | None  # the figures of the best step so far, and
-    best_sha256: str  # of its weights, in best-STEP.safetensors
-    config: str  # SHA-256 of the config.json of the run that it belongs to
     sha256: dict[str, str]
-    check: str  # of all of the above
+    check: str  # of all the others
+    best_sha256: str = ""  # of its weights, in best-STEP.safetensors
+    config: str = ""  # SHA-256 of the config.json of the run that it belongs to
 
 
 def served(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -61,27 +63,24 @@ def write_result(folder: Path, result: dict) -> None:
     storage.write_json(folder / "result.json", {**content, "check": digest(content)})
 
 
-def read_result(folder: Path) -> dict | None:
-    """The final figures of a finished run, None for an unfinished one. Raises UserError where they were changed."""
+def read_result(folder: Path, files: bool = False) -> dict | None:
+    """The final figures of a finished run, None for an unfinished one.
+
+    Raises UserError where they, or with files=True any file of the run, are not what they were then.
+    """
     path = folder / "result.json"
     if not path.is_file():
         return None
     result = storage.read_json(path)
     check, whole = result.pop("check", None), digest(result)
-    if check not in (None, whole) and not os.environ.get("MINI_UNCHECKED"):
-        raise UserError(f"{path}: {CHANGED}")
-    return {name: value for name, value in result.items() if name != "sha256"}
-
-
-def check_files(folder: Path) -> None:
-    """Raises UserError where a file of a finished run is not what it was then."""
-    if not (folder / "result.json").is_file() or os.environ.get("MINI_UNCHECKED"):
-        return
-    read_result(folder)
-    checksums = storage.read_json(folder / "result.json").get("sha256", {})  # none in runs of older versions
-    for name, checksum in checksums.items():
-        if not (folder / name).is_file() or storage.sha256(folder / name) != checksum:
-            raise UserError(f"{folder / name}: {CHANGED}")
+    checksums = of_type(result.pop("sha256", {}), dict[str, str], f"{path}: sha256")  # none in runs of older versions
+    if not os.environ.get("MINI_UNCHECKED"):
+        if check not in (None, whole):
+            raise UserError(f"{path}: {CHANGED}")
+        for name, checksum in checksums.items() if files else ():
+            if not (folder / name).is_file() or storage.sha256(folder / name) != checksum:
+                raise UserError(f"{folder / name}: {CHANGED}")
+    return result
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -92,36 +91,39 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizers: list, state: dic
         save_tensors(temporary / "model.safetensors", weights(model))
         save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizers))
         checksums = {file.name: storage.sha256(file) for file in sorted(temporary.iterdir())}
-        content = {**state, "config": config_sha256(folder), "sha256": checksums}
+        content = {**state, "config": storage.sha256(folder / "config.json"), "sha256": checksums}
         storage.write_json(temporary / "state.json", {**content, "check": digest(content)})
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
-    if state["best"]:  # what no checkpoint needs any more
-        needed = [read_state(kept).best for kept in checkpoints(folder)]
-        drop_best(folder, lambda step: step < min(best["best_step"] for best in needed if best))
+    drop_best(folder, best_steps(folder))
     return path
-
-
-def config_sha256(folder: Path) -> str:
-    path = folder / "config.json"
-    return storage.sha256(path) if path.is_file() else ""
 
 
 def best_file(folder: Path, step: int) -> Path:
     return folder / f"best-{step:08d}.safetensors"
 
 
-def drop_best(folder: Path, unneeded: Callable[[int], bool]) -> None:
+def best_steps(folder: Path) -> set[int]:
+    """The steps whose weights were the best when a checkpoint was written, which goes on with them."""
+    steps = set()
+    for path in checkpoints(folder):
+        with contextlib.suppress(UserError, KeyError, TypeError):  # damaged, or it has none
+            steps.add(read_state(path).best["best_step"])
+    return steps
+
+
+def drop_best(folder: Path, keep: set[int] = frozenset()) -> None:
+    """Deletes the best weights of all steps but these."""
+    kept = {best_file(folder, step).name for step in keep}
     for path in folder.glob("best-*.safetensors"):
-        if unneeded(int(path.stem.removeprefix("best-"))):
+        if BEST.fullmatch(path.name) and path.name not in kept:
             path.unlink()
 
 
 def keep_best(folder: Path, model: nn.Module, step: int) -> str:
     """Writes the weights of the best step so far; returns their checksum."""
     save_tensors(best_file(folder, step), served(model))
-    if not checkpoints(folder):  # then a run that is interrupted begins anew
-        drop_best(folder, lambda other: other < step)
+    drop_best(folder, best_steps(folder) | {step})
     return storage.sha256(best_file(folder, step))
 
 
@@ -155,17 +157,19 @@ def difference(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     folder = path.parents[1]
     try:
-        state = vars(read_state(path))
-        files = {path / name: checksum for name, checksum in state["sha256"].items()}
-        if state["best"]:
-            files[best_file(folder, state["best"]["best_step"])] = state["best_sha256"]
-        whole = state.pop("check") == digest(state) and step_of(path) == state["step"]
+        state, content = read_state(path), storage.read_json(path / "state.json")
+        files = {path / name: checksum for name, checksum in state.sha256.items()}
+        if state.best and state.best_sha256:
+            files[best_file(folder, state.best["best_step"])] = state.best_sha256
+        whole = content.pop("check") == digest(content) and step_of(path) == state.step
         whole = whole and all(storage.sha256(file) == checksum for file, checksum in files.items())
     except (UserError, OSError, KeyError, TypeError, ValueError):
         whole = False
-    if whole and state["config"] != config_sha256(folder):
-        return "belongs to another run"
-    return None if whole else "is damaged (its checksums do not match)"
+    if not whole:
+        return "is damaged (its checksums do not match)"
+    if state.config not in ("", storage.sha256(folder / "config.json")) and not os.environ.get("MINI_UNCHECKED"):
+        return "belongs to another run, or config.json was changed (MINI_UNCHECKED=1 takes it all the same)"
+    return None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -211,7 +215,8 @@ def named(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[str,
 
 # ---------------------------------------------------------------- metrics.jsonl
 def append_metrics(folder: Path, row: dict) -> None:
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+    path = folder / "metrics.jsonl"
+    with storage.naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -223,17 +228,17 @@ def read_metrics(folder: Path) -> list[dict]:
             row = json.loads(line)
         except (ValueError, RecursionError):  # the line during which the process was killed
             break
-        if isinstance(row, dict) and type(row.get("step")) is int and isinstance(row.get("loss"), float):
-            rows.append(row)
+        if isinstance(row, dict) and type(row.get("step")) is int and "loss" in row:
+            losses = [value for name, value in row.items() if name.endswith("loss")]
+            rows += [row] * all(isinstance(loss, float) for loss in losses)
     return rows
 
 
 def rewind(folder: Path, step: int) -> None:
     """Drops what came after the checkpoint from which a run goes on: log lines, damaged and unfinished checkpoints."""
     later = [path for path in checkpoints(folder) if step_of(path) > step]
-    for path in later:
+    for path in [*later, *(folder / "checkpoints").glob(".step-*.tmp")]:  # of a machine that is gone, too
         shutil.rmtree(path)
-    storage.sweep(folder / "checkpoints")
-    drop_best(folder, lambda best: best > step)
+    drop_best(folder, best_steps(folder))
     text = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
     storage.write_text(folder / "metrics.jsonl", text)

@@ -193,7 +193,7 @@ def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> di
         state |= checkpoints.load_checkpoint(checkpoint, model, optimizers)
         world.say(f"going on from {checkpoint}")
     elif checkpoints.checkpoints(folder):
-        raise UserError(f"{folder}: every checkpoint is damaged; --overwrite true begins anew")
+        raise UserError(f"{folder}: no checkpoint can be used; --overwrite true begins anew")
     if world.highest(state["step"]) != -world.highest(-state["step"]):
         raise UserError(f"{folder}: the ranks see different checkpoints; put the run on a file system that all share")
     if world.main:
@@ -208,7 +208,7 @@ def finish(model: nn.Module, result: dict, state: dict, folder: Path) -> None:
     result |= checkpoints.save_model(model, folder)
     plot_metrics(checkpoints.read_metrics(folder), folder / "loss.png")
     checkpoints.write_result(folder, result)
-    checkpoints.drop_best(folder, lambda step: True)
+    checkpoints.drop_best(folder)
 
 
 def micro_batch_size(options: TrainConfig, world: World) -> int:

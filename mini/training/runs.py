@@ -10,8 +10,9 @@ result.json        the final figures: both are there once the run is finished
 """
 
 import contextlib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -30,16 +31,16 @@ from mini.tasks import TASKS
 from mini.tensors import load_tensors, load_weights, loaded, weights, weights_wanted
 from mini.text.corpus import DataConfig
 from mini.text.tokenizer import Tokenizer, load_tokenizer
-from mini.training.checkpoints import LEARNING, check_files, newest_checkpoint
+from mini.training.checkpoints import LEARNING, newest_checkpoint, read_result
 from mini.training.devices import World
 from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
 
 MODELS: dict[str, type[Model]] = {"gpt": GPT, "bert": Bert}
 FORMAT = 3  # of older ones finished runs open, but one that is not finished cannot go on, as training has changed
+BEGUN = r"tokenizer\.(json|tiktoken)|vocab\.txt"  # what is there before config.json
 RUN_FILES = re.compile(  # and folders, of which a run consists
-    r"(config|result|tokenizer)\.json|tokenizer\.tiktoken|vocab\.txt|metrics\.jsonl|loss\.png|checkpoints"
-    r"|(model|best.*)\.safetensors|\..*\.tmp"
+    BEGUN + r"|(config|result)\.json|metrics\.jsonl|loss\.png|checkpoints|(model|best(-\d+)?)\.safetensors"
 )
 MANY = 8  # differences between two runs: the others are only counted
 
@@ -108,15 +109,16 @@ def load_run(folder: str | Path, device: str | torch.device = "cpu", kind: str |
 def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
     """The model alone, on the CPU: published weights may come without a tokenizer."""
     folder = Path(folder)
-    check_files(folder)
+    read_result(folder, files=True)
     if is_published(folder):
         model = MODELS[published_kind(folder)].from_published(folder)
     else:
         config = read_config(folder)
         path = newest_weights(folder)
         tensors = {name: t for name, t in load_tensors(path).items() if not name.startswith(LEARNING)}
-        wanted = weights_wanted(lambda: MODELS[config.kind](config.model), folder)
-        tensors = sparse.unpack(wanted, tensors, path)
+        tensors = sparse.unpack(
+            tensors, lambda: weights_wanted(lambda: MODELS[config.kind](config.model), folder), path
+        )
 
         def make() -> Model:
             model = MODELS[config.kind](config.model)
@@ -221,7 +223,7 @@ def make_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite
             how = "Give the same flags to go on, another --out, or --overwrite true"
             raise UserError(f"{folder} holds another run: {'; '.join(differences)}. {how}")
     elif folder.exists():  # perhaps a link or a mounted disk: filled, not replaced; config.json last
-        strange = [path.name for path in folder.iterdir() if not RUN_FILES.fullmatch(path.name)]
+        strange = [path.name for path in folder.iterdir() if not re.fullmatch(BEGUN + r"|\..*\.tmp", path.name)]
         if is_run:
             discard(folder, config)
         elif strange:
@@ -240,15 +242,27 @@ def discard(folder: Path, config: RunConfig) -> None:
     Raises UserError where it is no run, or something lies in it that the new run reads, or another run.
     """
     read_config(folder)
-    named = [value for name, value in flatten(asdict(config)).items() if isinstance(value, str) and name != "labels"]
-    read = [Path(name) for name in named if name]
-    read += [path.parent for path in folder.rglob("*/config.json")]
-    for path in read:
-        with contextlib.suppress(OSError, ValueError):  # a text that cannot be a path
-            if path.exists() and path.resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"--overwrite true: {path} lies in {folder}, and would be lost: name another --out")
-    files = [path.name for path in folder.iterdir() if RUN_FILES.fullmatch(path.name)]
-    remove(folder, [name for name in files if name != "config.json" and not name.endswith(".tmp")])
+    read = [Path(value) for value in flatten(asdict(config)).values() if isinstance(value, str)]  # not all are paths
+    for path in [*read, *(found.parent for found in folder.rglob("*/config.json"))]:
+        with contextlib.suppress(OSError, ValueError):  # a text that cannot be one
+            if path.exists() and folder.resolve() in path.resolve().parents:
+                raise UserError(f"--overwrite true: {path} lies in {folder}, which it empties: name another --out")
+    remove(folder, [p.name for p in folder.iterdir() if RUN_FILES.fullmatch(p.name) and p.name != "config.json"])
+
+
+def check_output(out: Path, mine: Callable[[Path], bool] = lambda path: False, read: Iterable[str] = ()) -> None:
+    """Refuses to write over what is read, a file of a run, or what this command has not written, as mine(out) tells."""
+    if out.is_symlink() or (out.exists() and not out.is_file()):
+        raise UserError(f"--out {out}: is no regular file; name a new one")
+    if RUN_FILES.fullmatch(out.name) and (out.parent / "config.json").exists():
+        raise UserError(f"--out {out}: would be a file of the run in {out.parent}; name another")
+    if out.exists() and (not mine(out) or any(os.path.exists(name) and out.samefile(name) for name in read)):
+        raise UserError(f"--out {out}: exists already and is not what this command writes; name another, or delete it")
+
+
+def begins(path: Path, mark: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(mark)) == mark
 
 
 def compare(old: RunConfig, new: RunConfig) -> list[str]:

@@ -80,7 +80,7 @@ def plot_metrics(rows: list[dict], path: Path) -> None:
     axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1, label="training")
     valid = [r for r in rows if "val_loss" in r]
     for name in (name for name in (valid or [{}])[0] if name.endswith("_loss")):  # of parts and guesses too
-        axes.plot([r["step"] for r in valid], [r[name] for r in valid], "o-", label=name)
+        axes.plot([r["step"] for r in valid], [r.get(name) for r in valid], "o-", label=name)
     axes.set(xlabel="step", ylabel="loss (nats)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -19,7 +19,7 @@ from mini.text.corpus import DataConfig
 from mini.text.tokenizer import Tokenizer, init_tokenizer, make_tokenizer
 from mini.text.tokens import prepare_tokens
 from mini.training import runs
-from mini.training.checkpoints import read_result
+from mini.training.checkpoints import drop_best, read_result
 from mini.training.devices import World
 from mini.training.loop import TrainConfig, micro_batch_size, train
 from mini.training.optim import OptimConfig
@@ -245,6 +245,8 @@ def train_run(
         result = read_result(out)
         if result:
             world.say(f"{out} is finished already: --overwrite true trains it anew, another --out trains another")
+            if world.main:
+                drop_best(out)  # which a kill may have left
         else:
             world.say(prologue(model, task, world))
             if sparse.masks_of(model) and not any(isinstance(method, sparse.HoldMasks) for method in methods):

@@ -321,14 +321,14 @@ def test_packed_file(tmp_path):
     save_tensors(tmp_path / "packed", sparse.pack(expected))
     assert (tmp_path / "packed").stat().st_size < 0.16 * (tmp_path / "dense").stat().st_size
     fresh = GPT(model.config)
-    found = sparse.unpack(weights(fresh), sparse.pack(expected), "file")
+    found = sparse.unpack(sparse.pack(expected), lambda: weights(fresh), "file")
     sparse.take_masks(fresh, found)
     assert found.keys() == expected.keys() == weights(fresh).keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     damaged = sparse.pack(expected)
     damaged["stack.tokens.weight.kept"] = damaged["stack.tokens.weight.kept"][1:]
     with pytest.raises(UserError, match="damaged"):
-        sparse.unpack(weights(GPT(model.config)), damaged, "file")
+        sparse.unpack(damaged, lambda: weights(GPT(model.config)), "file")
     damaged["stranger.bits"] = damaged.pop("stack.tokens.weight.bits")
     with pytest.raises(UserError, match="stranger"):
-        sparse.unpack(weights(GPT(model.config)), damaged, "file")
+        sparse.unpack(damaged, lambda: weights(GPT(model.config)), "file")

@@ -1,8 +1,10 @@
 """Reading, splitting and cutting text; the default corpus; known corpora, from a server of our own."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import os
 import socket
@@ -464,6 +466,26 @@ def test_servers_that_say_odd_things(known):
 def test_an_archive_that_says_it_is_small_is_not_unpacked_for_ever(known, tmp_path):
     Server.content = gzip.compress(b"0" * 50_000_000)
     assert "bytes instead of" in refused("fake") and os.listdir(known) == []
+
+
+def test_archives_that_cannot_be_read_are_thrown_away(known):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("fake", FAKE)
+    whole = packed.getvalue()
+    for at in range(30, 130, 7):
+        Server.content = whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :]
+        with contextlib.suppress(UserError):  # a name or a time may be another
+            open_corpus("fake")
+        assert not (known / "fake.part").exists()
+        (known / "fake.txt").unlink(missing_ok=True)
+
+
+def test_a_cache_that_may_only_be_read(known, monkeypatch):
+    known.mkdir()
+    (known / "fake.txt").write_bytes(FAKE)
+    monkeypatch.setattr(fetch, "locked", None)
+    open_corpus("fake")
 
 
 def test_what_has_come_before_a_reset_is_kept(known):

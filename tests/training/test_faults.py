@@ -1,5 +1,7 @@
 """Nothing lost, nothing believed: what is overwritten, damaged, foreign or no number is refused in one line."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -8,10 +10,11 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command_line, environment, last_json
+from conftest import ROOT, TINY, command_line, environment, last_json
 
 from mini import GPT, load_run
-from mini.flags import UserError, first_to_say
+from mini.__main__ import main
+from mini.flags import UserError, first_to_say, run_command
 from mini.tensors import load_tensors, save_tensors
 from mini.training import checkpoints
 from mini.training.devices import World
@@ -55,6 +58,18 @@ def test_overwrite_refuses_where_something_is_read_or_another_run_lies_within(te
     assert sorted(run.rglob("*")) == before
 
 
+def test_a_run_named_like_a_setting_is_overwritten(text_file, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        command("train_gpt.py", "--data", text_file, *QUICK, "--out", "gpt", "--overwrite", "true")
+
+
+def test_only_what_is_there_before_config_json_counts_as_a_start_cut_short(text_file, run, command):
+    (run / "config.json").unlink()  # the old result.json would pass for that of the new run
+    done = command("train_gpt.py", "--data", text_file, *QUICK, "--out", run, status=2)
+    refused(done, "not a run folder")
+
+
 def test_outputs_replace_only_what_they_wrote(tmp_path, gpt, run, labelled, command):
     weights = (run / "model.safetensors").read_bytes()
     more = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv", "--steps", 1, "--out", tmp_path / "c"]
@@ -66,6 +81,11 @@ def test_outputs_replace_only_what_they_wrote(tmp_path, gpt, run, labelled, comm
     assert (run / "model.safetensors").read_bytes() == weights and not (tmp_path / "somewhere").exists()
     for _ in range(2):  # its own output it may replace
         command(*classify, tmp_path / "labels.tsv")
+    table = (tmp_path / "labels.tsv").read_bytes()
+    again = ["-m", "mini", "classify", tmp_path / "c", tmp_path / "labels.tsv", "--out", tmp_path / "labels.tsv"]
+    refused(command(*again, status=2), "--out")  # what it reads
+    assert (tmp_path / "labels.tsv").read_bytes() == table
+    refused(command(*classify, tmp_path / "c" / "best.safetensors", status=2), "would be a file of the run")
 
 
 def test_an_empty_folder_whose_start_was_cut_short_is_filled(text_file, tmp_path, command):
@@ -113,7 +133,48 @@ def test_best_weights_are_those_that_were_measured(kept_best, command, monkeypat
     for best in cut.with_name("other").glob("best-*"):
         best.write_bytes(best.read_bytes()[:-1] + b"\x01")
     done = command(*flags, "--out", cut.with_name("other"), status=2)
-    assert "every checkpoint is damaged" in done.stderr
+    assert "no checkpoint can be used" in done.stderr
+
+
+def test_best_weights_do_not_pile_up(labelled, tmp_path, command, monkeypatch):
+    files = ["--train", labelled / "train.tsv", "--valid", labelled / "valid.tsv"]
+    flags = ["train_gpt.py", "--task", "classify", *files, *TINY, "--steps", 12, "--eval_every", 1, "--lr", 0.003]
+    flags += ["--checkpoint_every", 6, "--keep", 2, "--sample_every", 0, "--out", tmp_path / "run"]
+    kept, most, n = checkpoints.keep_best, [], []
+
+    def counted(folder, model, step):
+        n.append(step)
+        checksum = kept(folder, model, step)
+        most.append(len(list(folder.glob("best-*"))))
+        return checksum
+
+    monkeypatch.setattr(checkpoints, "keep_best", counted)
+    command(*flags)
+    assert len(n) > 3 and max(most) <= 3  # of two checkpoints, and the newest
+    assert not list((tmp_path / "run").glob("best-*"))
+
+
+def test_an_older_damaged_checkpoint_ends_no_training(text_file, tmp_path, command):
+    flags = [
+        "train_gpt.py",
+        "--data",
+        text_file,
+        *QUICK,
+        "--checkpoint_every",
+        1,
+        "--keep",
+        5,
+        "--out",
+        tmp_path / "run",
+    ]
+    command(*flags)
+    for name in ("model.safetensors", "result.json"):
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / "best-mine.safetensors").write_text("not of the run")
+    shutil.copytree(tmp_path / "run/checkpoints/step-00000001", tmp_path / "run/checkpoints/step-00000000")
+    (tmp_path / "run/checkpoints/step-00000000/state.json").write_text("{")
+    command(*flags)
+    assert (tmp_path / "run" / "best-mine.safetensors").exists()
 
 
 def test_a_checkpoint_of_another_run_is_passed_over(text_file, tmp_path, command):
@@ -163,6 +224,10 @@ def test_weights_that_are_no_numbers(run, tmp_path, command):
     assert not (tmp_path / "x").exists()
 
 
+def test_empty_values_of_a_list(command, tmp_path):
+    refused(command("-m", "mini", "tokens", "", "--out", tmp_path / "x", status=2), "--files: it is empty")
+
+
 @pytest.mark.parametrize("label", ["go\\tod", "go\\nod"])
 def test_labels_of_several_lines(tmp_path, label, command):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "a", "label": "{label}"}}\n{{"text": "b", "label": "bad"}}\n')
@@ -185,7 +250,7 @@ def test_a_finished_run_that_was_changed(run, name, command, monkeypatch):
 
 # ---------------------------------------------------------------- too much
 def test_shapes_are_compared_before_a_model_is_built(tmp_path, monkeypatch):
-    shutil.copytree("tests/fixtures/gpt2", tmp_path / "gpt2")
+    shutil.copytree(ROOT / "tests" / "fixtures" / "gpt2", tmp_path / "gpt2")
     config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
     (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config | {"n_embd": 2**20, "n_head": 2, "n_layer": 1000}))
     with pytest.raises(UserError, match="do not fit"):
@@ -196,7 +261,7 @@ def test_shapes_are_compared_before_a_model_is_built(tmp_path, monkeypatch):
 
 
 def test_a_pickle_of_odd_tensors(tmp_path):
-    shutil.copytree("tests/fixtures/gpt2", tmp_path / "gpt2")
+    shutil.copytree(ROOT / "tests" / "fixtures" / "gpt2", tmp_path / "gpt2")
     (tmp_path / "gpt2" / "model.safetensors").unlink(missing_ok=True)
     for odd in ({1: torch.ones(2)}, {"a": torch.ones(1).expand(10**9)}, {"a": torch.ones(3).to_sparse()}, {"a": 1}):
         torch.save(odd, tmp_path / "gpt2" / "pytorch_model.bin")
@@ -205,9 +270,30 @@ def test_a_pickle_of_odd_tensors(tmp_path):
 
 
 # ---------------------------------------------------------------- no traceback
-def test_half_a_character(run, command):
-    done = command("-m", "mini", "sample", run, "a \udcff b", "--max_new_tokens", 2)
-    assert done.stdout
+def test_half_a_character(run, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mini", "sample", str(run), "a \udcff b", "--max_new_tokens", "2"])
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as out:
+        main()
+    out.flush()
+    assert out.buffer.getvalue().startswith(b"a \\udcff b")
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError(), "error: not enough memory here (MemoryError): give smaller sizes"),
+        (RuntimeError("CUDA out of memory. Tried to\n..."), "CUDA out of memory. Tried to)"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+    ],
+)
+def test_what_is_said_of_memory(error, said, capsys, monkeypatch):
+    def fail(argv: list) -> None:
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(SystemExit if said else RuntimeError):
+        run_command(fail)
+    assert (said or "") in capsys.readouterr().err
 
 
 def test_metrics_that_are_none(run):
