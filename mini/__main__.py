@@ -344,7 +344,8 @@ def tokens(argv: list[str]) -> None:
     if is_token_folder(options.out):
         folder = open_tokens(options.out)
         if folder.meta.source != source_name(data, options.vocab_size, tokenizer):
-            raise UserError(f"{options.out} is another token folder: delete it, or name another with --out")
+            why = "made of another text, or by another tokenizer: delete it, or name another with --out"
+            raise UserError(f"{options.out} is another token folder, {why}")
         print(f"{options.out} is finished already")
     else:
         folder = write_token_folder(data, options.vocab_size, tokenizer, Path(options.out), options.workers)

@@ -120,7 +120,7 @@ def parse_value(name: str, text: str | list[str], kind):
         if lists and "," in text:
             return [parse_value(name, part, typing.get_args(lists[0])[0]) for part in text.split(",")]
         if bool in options:
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+            return {"true": True, "false": False}[text.lower()]
         if int in options:
             number = float(text) if "e" in text.lower() else int(text)
             if number != int(number):
@@ -205,8 +205,11 @@ def parse_flags(argv: list[str], classes: list, description: str, presets: dict[
     parser.refuse_unknown(unknown)
 
     given = {name: text for name, text in vars(known).items() if name != "preset"}
-    if empty := [name for name, text in given.items() if not text or (isinstance(text, list) and "" in text)]:
-        raise UserError(f"--{empty[0]}: it is empty; give it a value, or leave it out")
+    positional = {f.name for cls in classes for f in dataclasses.fields(cls) if f.metadata.get("positional")}
+    for name, text in given.items():
+        if not text or (isinstance(text, list) and "" in text):
+            place = name.upper() if name in positional else f"--{name}"
+            raise UserError(f"{place}: it is empty; give a value, or leave it out")
     objects = []
     for cls in classes:
         values = {n: v for n, v in defaults.items() if n in field_names(cls) and owners.get(n, cls) is cls}

@@ -66,11 +66,11 @@ def running(process: int, start: str) -> bool:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError names this path where it names none, as of a full disk, or what stands for it until it is whole."""
+    """An OSError names this path where it names none, as of a full disk, or what hides beside it."""
     try:
         yield
     except OSError as error:
-        if not error.filename or str(error.filename).endswith(".tmp"):
+        if not error.filename or str(error.filename).endswith((".tmp", ".lock")):
             error.filename = str(path)
         raise
 
@@ -138,7 +138,7 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     while True:
-        with open(lock, "w") as file:
+        with naming(path), open(lock, "w") as file:
             free = True
             with contextlib.suppress(ImportError, OSError):
                 import fcntl

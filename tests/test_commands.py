@@ -175,7 +175,7 @@ def test_bad_input_is_one_line_and_status_2(case, tmp_path, command):
 
 def test_empty_prompt(run, command):
     done = command("-m", "mini", "sample", run, "", status=2)
-    assert "has no tokens" in done.stderr
+    assert "PROMPTS: it is empty" in done.stderr
 
 
 def test_errors_replace_goes_on(tmp_path, command):

@@ -166,6 +166,8 @@ def find_files(data: str | list[str]) -> list[Path]:
         if not path.exists():
             known = f"a corpus that is known by name ({', '.join(names)}){nearest(str(path), names)}"
             raise UserError(f"{path}: no such file or folder, nor {known}")
+        if path.is_dir() and any((path / name).is_file() for name in ("config.json", "meta.json")):
+            raise UserError(f"{path}: a run or tokens, damaged perhaps, but no folder of texts")
         inside = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         found = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
         if not found:

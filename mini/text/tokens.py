@@ -116,7 +116,7 @@ def verify(folder: TokenFolder) -> None:
         return
     for name, checksum in sums.items() if not os.environ.get("MINI_UNCHECKED") else ():
         if Path(name).name != name or not (path / name).is_file() or sha256(path / name) != checksum:
-            raise UserError(f"{path / name}: damaged, or of another folder; make the token folder anew")
+            raise UserError(f"{path / name}: damaged, or of another folder: delete {path}, and make it anew")
     for split in (folder.train, folder.valid):
         if len(split.tokens) and int(split.tokens.max()) >= folder.meta.vocab_size:
             raise UserError(f"{path}: tokens beyond its vocabulary of {folder.meta.vocab_size:,}; make it anew")

@@ -17,6 +17,7 @@ of one size (1 x 4, 2 x 2, 4 x 1), and a run goes on from a checkpoint as if it 
 """
 
 import contextlib
+import inspect
 import math
 import os
 import signal
@@ -113,7 +114,9 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     if wanted and can_compile(world.device, world.say):
         losses_of = torch.compile(losses_of)
     if world.size > 1:
-        losses_of = DistributedDataParallel(losses_of, broadcast_buffers=False)  # all ranks compute the same ones
+        newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13's name
+        buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}  # all ranks compute the same ones
+        losses_of = DistributedDataParallel(losses_of, **buffers)
     speed = Speedometer(model, task.predicted if objective.fixed_shape else 0, dtype, world, state)
 
     began = time.perf_counter() - state["seconds"]

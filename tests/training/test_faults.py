@@ -225,7 +225,7 @@ def test_weights_that_are_no_numbers(run, tmp_path, command):
 
 
 def test_empty_values_of_a_list(command, tmp_path):
-    refused(command("-m", "mini", "tokens", "", "--out", tmp_path / "x", status=2), "--files: it is empty")
+    refused(command("-m", "mini", "tokens", "", "--out", tmp_path / "x", status=2), "FILES: it is empty")
 
 
 @pytest.mark.parametrize("label", ["go\\tod", "go\\nod"])
