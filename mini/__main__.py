@@ -24,6 +24,7 @@ from mini.tasks import qa
 from mini.tasks.classify import ClassifyConfig
 from mini.tasks.inputs import cut_note, masked_ids, pad, pad_texts, text_ids
 from mini.tasks.masked import show_token
+from mini.tensors import all_finite
 from mini.text.corpus import DataConfig
 from mini.text.rows import read_rows, text_columns
 from mini.text.tokenizer import Tokenizer
@@ -171,7 +172,14 @@ def for_all(texts: list, where: str, compute: Callable, model: Model, tokenizer:
     for chunk in progress(order, batch_size):
         inputs = pad_texts([encoded[i] for i in chunk], tokenizer)
         outputs.append(compute(**{name: tensor.to(device) for name, tensor in inputs.items()}).float().cpu())
-    return torch.cat(outputs)[np.argsort(order)]
+    return numbers(torch.cat(outputs), where)[np.argsort(order)]
+
+
+def numbers(outputs: Tensor, run: str) -> Tensor:
+    """A model's outputs. Raises UserError where they are no numbers."""
+    if not all_finite(outputs):
+        raise UserError(f"{run}: what it computes is no number: its weights are of no use")
+    return outputs
 
 
 def progress(items: list, size: int) -> Iterator[list]:
@@ -211,7 +219,8 @@ def fill(argv: list[str]) -> None:
         warn(cut_note(repr(text[:40]), [len(whole)], 1, model.config.max_len))
         inputs = dict(tokens=[ids], lengths=[len(ids)], positions=[masks])
         mlm, _ = model.predict(**{name: torch.tensor(value, device=device) for name, value in inputs.items()})
-        probabilities, tokens = mlm[0].softmax(dim=-1).topk(min(options.top, mlm.size(-1)))  # (M, top)
+        shares = numbers(mlm[0], options.run).softmax(dim=-1)  # (M, V)
+        probabilities, tokens = shares.topk(min(options.top, shares.size(-1)))  # (M, top)
         print(text)
         for i, likeliest in enumerate(zip(probabilities.tolist(), tokens.tolist(), strict=True), 1):
             if len(masks) > 1:
@@ -246,7 +255,7 @@ def answer(argv: list[str]) -> None:
     spans = []
     for chunk in progress(windows, 32):
         inputs = qa.collate(chunk, tokenizer).to(device).inputs
-        logits = model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"])
+        logits = numbers(model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"]), options.run)
         found = qa.best_spans(*logits.unbind(1), inputs["context"], settings.n_best, settings.max_answer)
         spans.append(found.cpu())
     ((null, answers),) = qa.collect(windows, torch.cat(spans))
@@ -302,7 +311,7 @@ class EmbedOptions(RunOptions):
 def embed(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [EmbedOptions], EmbedOptions.__doc__)
     out = Path(options.out or f"{options.file}.npy")
-    check_output(out, lambda path: begins(path, b"\x93NUMPY"))
+    check_output(out, is_vectors)
     model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
     texts = [[tokenizer.encode(text) for text in row] for row in read_lines(options.file)]
     compute = partial(model.embed, pooling=options.pooling)
@@ -310,6 +319,15 @@ def embed(argv: list[str]) -> None:
     with atomic_file(out) as temporary, open(temporary, "wb") as file:
         np.save(file, vectors.numpy())
     print(f"{len(vectors):,} vectors of {model.config.d_model} numbers are in {out}")
+
+
+def is_vectors(path: Path) -> bool:
+    """Whether a file is of the kind that embed writes."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (ValueError, OSError):
+        return False
+    return isinstance(found, np.ndarray) and found.dtype == np.float32 and found.ndim == 2
 
 
 def read_lines(path: str) -> list[list[str]]:

@@ -253,12 +253,16 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:  # a full disk, a folder that may not be written
-        message, status = f"error: {error.filename or 'the system'}: {error.strerror or error}", 2
+        what = error.strerror or (error.args[0] if error.args else type(error).__name__)
+        message, status = f"error: {error.filename or 'the system'}: {what}", 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
         what = (str(error).splitlines() or ["MemoryError"])[0]
         message, status = f"error: not enough memory here ({what}): give smaller sizes", 2
+    message = "".join(
+        c if c.isprintable() else repr(c)[1:-1] for c in message
+    )  # also where a file's own words are in it
     if first_to_say(message):
         print(message, file=sys.stderr)
     raise SystemExit(status)

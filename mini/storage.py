@@ -113,31 +113,35 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def remove(folder: Path, names: Iterable[str]) -> None:
     """Deletes files and folders of a folder, all or none: they leave their names together, then the disk."""
-    aside, moved = beside(folder / "removed"), []
+    names, aside = list(names), beside(folder / "removed")
     aside.mkdir()
     try:
         for name in names:
             if any(not os.access(d, os.W_OK | os.X_OK) for d, _, _ in os.walk(folder / name)):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / name))
             os.replace(folder / name, aside / name)
-            moved.append(name)
-    except OSError:
-        for name in moved:
+        shutil.rmtree(aside)
+    except OSError as error:  # what is still there goes back to its place
+        error.filename = str(error.filename).replace(str(aside), str(folder))
+        for name in os.listdir(aside):
             os.replace(aside / name, folder / name)
         aside.rmdir()
         raise
-    shutil.rmtree(aside)
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool) -> Iterator[bool]:
     """Keeps other processes from the same block for this path; yields False where one is in it, unless told to wait.
 
-    The lock lies beside the path, so that it outlives it. Some systems and network disks have none: then all may enter.
+    The lock lies beside the path, so that it outlives it. Some systems and network disks have none, and where nothing
+    may be written there is none: then all may enter.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     while True:
+        if not lock.exists() and not os.access(path.parent, os.W_OK):
+            yield True
+            return
         with naming(path), open(lock, "w") as file:
             free = True
             with contextlib.suppress(ImportError, OSError):

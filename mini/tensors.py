@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mini.errors import UserError
@@ -71,7 +72,7 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         if size < 8 or length > min(size - 8, 100_000_000):  # the limit of the reference implementation
             raise refuse(f"its header should be {length:,} bytes long, but the file has {size:,}")
         text = file.read(length)
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    data = torch.from_numpy(np.memmap(path, np.uint8, "c"))[8 + length :]
     tensors, expected, total = {}, 0, len(data)
     try:
         header = json.loads(text)
@@ -105,7 +106,8 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where
     """Copies named tensors into a model. Raises UserError listing what is missing, extra or has another shape."""
     check_shapes(weights(model), tensors, where)
     if bad := [name for name, tensor in tensors.items() if not all_finite(tensor)]:
-        raise UserError(f"{where}: {bad[0]} holds values that are no numbers (as do {len(bad) - 1} others): of no use")
+        others = f", as do {len(bad) - 1} others" if len(bad) > 1 else ""
+        raise UserError(f"{where}: {bad[0]} holds values that are no numbers{others}: train it anew, or copy it again")
     with torch.no_grad():
         for name, tensor in weights(model).items():
             tensor.copy_(tensors[name])

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 
@@ -26,6 +27,18 @@ def test_what_may_not_be_deleted_stays_whole(tmp_path, monkeypatch):
         remove(tmp_path, ["b", "a"])
     assert (tmp_path / "a" / "x").read_text() == "x" and (tmp_path / "b").read_text() == "b"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_cannot_be_deleted_in_the_end_comes_back(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("x")
+
+    def immutable(path, **_):
+        raise PermissionError(1, "Operation not permitted", str(path / "a"))
+
+    monkeypatch.setattr(shutil, "rmtree", immutable)
+    with pytest.raises(PermissionError, match=str(tmp_path / "a")):
+        remove(tmp_path, ["a"])
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_temporaries_of_dead_processes_go(tmp_path):

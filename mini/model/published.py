@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from mini.flags import UserError, from_dict
 from mini.model.config import ModelConfig
 from mini.storage import read_json
-from mini.tensors import load_tensors
+from mini.tensors import DTYPE_NAMES, load_tensors
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -168,7 +169,8 @@ def load_published(folder: str | Path) -> dict[str, Tensor]:
     if not pickled.exists():
         raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin in it")
     try:  # the one pickle that mini opens, and only its tensors
-        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:
@@ -179,7 +181,9 @@ def load_published(folder: str | Path) -> dict[str, Tensor]:
 
 
 def is_plain(tensor: object) -> bool:
-    """Whether it is a tensor with all of its values in memory: not sparse, quantized, nested, or one value repeated."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+    """Whether it is a tensor of real numbers, all in memory: not sparse, quantized, nested, or one value repeated."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    if tensor.dtype not in DTYPE_NAMES:
         return False
     return tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()

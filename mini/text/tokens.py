@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import os
 import re
+import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from mini.text.fetch import cache_folder
 from mini.text.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 FORMAT = "mini tokens 2"
+SPLITS, KINDS = ("train", "valid"), ("tokens", "documents", "sentences")
 BPE_BYTES = 10_000_000  # of text, evenly spread over the corpus, are what a BPE is trained on
 BATCH = 2**19  # bytes of text, of one document or many, that a thread encodes at a time
 # Some text, encoded: its tokens, the places in them where documents and where sentences start, its bytes.
@@ -86,7 +88,7 @@ class TokenFolder:
 
 
 def is_token_folder(path: str | Path) -> bool:
-    return (Path(path) / "meta.json").is_file() and (Path(path) / "train.tokens").is_file()
+    return (Path(path) / "meta.json").is_file() and any((Path(path) / f"{name}.tokens").is_file() for name in SPLITS)
 
 
 def open_tokens(path: str | Path) -> TokenFolder:
@@ -99,7 +101,7 @@ def open_tokens(path: str | Path) -> TokenFolder:
     if values.get("format") != FORMAT or values.get("dtype") not in ("uint16", "uint32"):
         raise UserError(f"{where}: not of the format {FORMAT!r}; make the token folder anew")
     meta = from_dict(Meta, values, f"{where}: damaged, make the token folder anew")
-    train, valid = (open_split(path / name, meta) for name in ("train", "valid"))
+    train, valid = (open_split(path / name, meta) for name in SPLITS)
     folder = TokenFolder(path, train, valid, meta)
     verify(folder)
     return folder
@@ -108,13 +110,15 @@ def open_tokens(path: str | Path) -> TokenFolder:
 def verify(folder: TokenFolder) -> None:
     """Raises UserError where a file is not what was written; looks at all of them once, and when one was touched."""
     path, sums = folder.path, folder.meta.sha256
+    if missing := {"tokenizer.json", *(f"{s}.{kind}" for s in SPLITS for kind in KINDS)} - sums.keys():
+        raise UserError(f"{path / 'meta.json'}: no checksum of {min(missing)}: delete {path}, and make it anew")
     files = [path / "meta.json", *(path / name for name in sums)]
     seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     key = hashlib.sha256(str([str(path.resolve()), seen]).encode()).hexdigest()
     remembered = cache_folder() / "verified" / key[:32]
     if remembered.exists():
         return
-    for name, checksum in sums.items() if not os.environ.get("MINI_UNCHECKED") else ():
+    for name, checksum in sums.items() if os.environ.get("MINI_UNCHECKED") != "1" else ():
         if Path(name).name != name or not (path / name).is_file() or sha256(path / name) != checksum:
             raise UserError(f"{path / name}: damaged, or of another folder: delete {path}, and make it anew")
     for split in (folder.train, folder.valid):
@@ -161,11 +165,13 @@ def prepare_tokens(config: DataConfig, vocab_size: int, tokenizer: Tokenizer | N
         return open_tokens(config.data), made_with
     tokenizer = tokenizer or ready_tokenizer(config, special)
     path = cache_folder() / FORMAT.replace(" ", "-") / source_name(config, vocab_size, tokenizer, special)
-    if not is_token_folder(path):
-        with locked(path, wait=True):  # two runs that need the same text for the first time
-            if not is_token_folder(path):
-                write_token_folder(config, vocab_size, tokenizer, path, special=special)
-    return open_tokens(path), load_tokenizer(path)
+    with contextlib.suppress(UserError):  # not there, or damaged
+        return open_tokens(path), load_tokenizer(path)
+    with locked(path, wait=True):  # two runs that need the same text for the first time
+        with contextlib.suppress(UserError):
+            return open_tokens(path), load_tokenizer(path)
+        shutil.rmtree(path, ignore_errors=True)
+        return write_token_folder(config, vocab_size, tokenizer, path, special=special), load_tokenizer(path)
 
 
 def ready_tokenizer(config: DataConfig, special: Sequence[str] = ()) -> Tokenizer | None:

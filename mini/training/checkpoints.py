@@ -74,7 +74,7 @@ def read_result(folder: Path, files: bool = False) -> dict | None:
     result = storage.read_json(path)
     check, whole = result.pop("check", None), digest(result)
     checksums = of_type(result.pop("sha256", {}), dict[str, str], f"{path}: sha256")  # none in runs of older versions
-    if not os.environ.get("MINI_UNCHECKED"):
+    if os.environ.get("MINI_UNCHECKED") != "1":
         if check not in (None, whole) or "val_loss" not in result:
             raise UserError(f"{path}: {CHANGED}")
         for name, checksum in checksums.items() if files else ():
@@ -116,7 +116,7 @@ def drop_best(folder: Path, keep: set[int] = frozenset()) -> None:
     """Deletes the best weights of all steps but these."""
     kept = {best_file(folder, step).name for step in keep}
     for path in folder.glob("best-*.safetensors"):
-        if BEST.fullmatch(path.name) and path.name not in kept:
+        if BEST.fullmatch(path.name) and path.name not in kept and path.is_file():
             path.unlink()
 
 
@@ -167,7 +167,7 @@ def difference(path: Path) -> str | None:
         whole = False
     if not whole:
         return "is damaged (its checksums do not match)"
-    if state.config not in ("", storage.sha256(folder / "config.json")) and not os.environ.get("MINI_UNCHECKED"):
+    if state.config not in ("", storage.sha256(folder / "config.json")) and os.environ.get("MINI_UNCHECKED") != "1":
         return "belongs to another run, or config.json was changed (MINI_UNCHECKED=1 takes it all the same)"
     return None
 

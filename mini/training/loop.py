@@ -107,6 +107,8 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     # In fewer steps than there are turns, each matrix has its turn all the same.
     optimizers = make_optimizers(model, replace(optim, turns=min(optim.turns, max(1, steps))))
     state = resume(model, optimizers, folder, world)
+    if state["step"] > steps:
+        raise UserError(f"{folder}: its checkpoint is of step {state['step']:,}, and the run has {steps:,}")
 
     losses_of: nn.Module = Losses(model, objective)
     # On CPUs compiled code adds in an order that varies with several threads: runs would not repeat to the bit.
@@ -178,6 +180,8 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     model.learning = nn.ModuleDict()  # it has served
     if not steps:  # a run that is only judged
         figures = state["best"] = evaluate(model, task, world, dtype, size)
+        if not math.isfinite(figures["val_loss"]):
+            raise UserError(f"{folder}: the validation loss is {figures['val_loss']}: the weights are of no use")
         world.say(describe(figures))
     result = {
         **(state["best"] if objective.best else figures), "steps": steps, "tokens": state["tokens"],

@@ -26,7 +26,7 @@ from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
 from mini.model.published import published_kind
 from mini.model.transformer import Model
-from mini.storage import atomic_folder, locked, read_json, remove, write_json
+from mini.storage import atomic_folder, locked, read_json, remove, sweep, write_json
 from mini.tasks import TASKS
 from mini.tensors import load_tensors, load_weights, loaded, weights, weights_wanted
 from mini.text.corpus import DataConfig
@@ -42,6 +42,7 @@ BEGUN = r"tokenizer\.(json|tiktoken)|vocab\.txt"  # what is there before config.
 RUN_FILES = re.compile(  # and folders, of which a run consists
     BEGUN + r"|(config|result)\.json|metrics\.jsonl|loss\.png|checkpoints|(model|best(-\d+)?)\.safetensors"
 )
+CHECKPOINT_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 MANY = 8  # differences between two runs: the others are only counted
 
 
@@ -200,6 +201,10 @@ def claim(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool
     for source in (config.init, config.distill and config.distill.get("init")):
         if source and Path(source).resolve() == folder.resolve():
             raise UserError(f"{folder}: --out is the run to start from, which stays; name another folder")
+    if not folder.resolve().name:
+        raise UserError(f"{folder}: no place for a run; name a folder")
+    for place in (folder.parent, folder, folder / "checkpoints"):
+        sweep(place)
     with contextlib.ExitStack() as held:
 
         def make() -> None:
@@ -242,6 +247,9 @@ def discard(folder: Path, config: RunConfig) -> None:
     Raises UserError where it is no run, or something lies in it that the new run reads, or another run.
     """
     read_config(folder)
+    inside = [path for path in (folder / "checkpoints").rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    if strange := [path for path in inside if path.name not in CHECKPOINT_FILES]:
+        raise UserError(f"--overwrite true: {strange[0]} is no file of a run, and would be lost: name another --out")
     read = [Path(value) for value in flatten(asdict(config)).values() if isinstance(value, str)]  # not all are paths
     for path in [*read, *(found.parent for found in folder.rglob("*/config.json"))]:
         with contextlib.suppress(OSError, ValueError):  # a text that cannot be one
@@ -250,14 +258,17 @@ def discard(folder: Path, config: RunConfig) -> None:
     remove(folder, [p.name for p in folder.iterdir() if RUN_FILES.fullmatch(p.name) and p.name != "config.json"])
 
 
-def check_output(out: Path, mine: Callable[[Path], bool] = lambda path: False, read: Iterable[str] = ()) -> None:
+def check_output(out: Path, mine: Callable[[Path], bool] | None = None, read: Iterable[str] = ()) -> None:
     """Refuses to write over what is read, a file of a run, or what this command has not written, as mine(out) tells."""
     if out.is_symlink() or (out.exists() and not out.is_file()):
         raise UserError(f"--out {out}: is no regular file; name a new one")
     if RUN_FILES.fullmatch(out.name) and (out.parent / "config.json").exists():
         raise UserError(f"--out {out}: would be a file of the run in {out.parent}; name another")
-    if out.exists() and (not mine(out) or any(os.path.exists(name) and out.samefile(name) for name in read)):
-        raise UserError(f"--out {out}: exists already and is not what this command writes; name another, or delete it")
+    if out.exists() and any(os.path.exists(name) and out.samefile(name) for name in read):
+        raise UserError(f"--out {out}: is the file to read; name another")
+    if out.exists() and not (mine and mine(out)):
+        what = " and is not what this command writes" if mine else ""
+        raise UserError(f"--out {out}: exists already{what}; name another, or delete it")
 
 
 def begins(path: Path, mark: bytes) -> bool:

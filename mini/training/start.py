@@ -244,6 +244,10 @@ def train_run(
     with runs.claim(out, config, s.tokenizer, s.job.overwrite, world):
         result = read_result(out)
         if result:
+            try:
+                epilogue(task, result)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{out / 'result.json'}: not the figures of such a run ({error!r})") from None
             world.say(f"{out} is finished already: --overwrite true trains it anew, another --out trains another")
             if world.main:
                 drop_best(out)  # which a kill may have left

@@ -16,6 +16,8 @@ from mini import GPT, load_run
 from mini.__main__ import main
 from mini.flags import UserError, first_to_say, run_command
 from mini.tensors import load_tensors, save_tensors
+from mini.text.corpus import DataConfig
+from mini.text.tokens import prepare_tokens
 from mini.training import checkpoints
 from mini.training.devices import World
 from mini.training.speed import Speedometer
@@ -58,6 +60,14 @@ def test_overwrite_refuses_where_something_is_read_or_another_run_lies_within(te
     assert sorted(run.rglob("*")) == before
 
 
+def test_overwrite_refuses_where_a_foreign_file_lies_among_checkpoints(text_file, run, command):
+    (run / "checkpoints").mkdir(exist_ok=True)
+    (run / "checkpoints" / "notes.txt").write_text("mine")
+    done = command("train_gpt.py", "--data", text_file, *QUICK, "--out", run, "--overwrite", "true", status=2)
+    refused(done, "notes.txt is no file of a run")
+    assert load_run(run)
+
+
 def test_a_run_named_like_a_setting_is_overwritten(text_file, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -86,6 +96,15 @@ def test_outputs_replace_only_what_they_wrote(tmp_path, gpt, run, labelled, comm
     refused(command(*again, status=2), "--out")  # what it reads
     assert (tmp_path / "labels.tsv").read_bytes() == table
     refused(command(*classify, tmp_path / "c" / "best.safetensors", status=2), "would be a file of the run")
+
+
+def test_vectors_replace_vectors_alone(bert, tmp_path, command):
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    embed = ["-m", "mini", "embed", bert, tmp_path / "a.txt", "--out", tmp_path / "a.npy"]
+    for _ in range(2):
+        command(*embed)
+    np.save(tmp_path / "a.npy", np.arange(3))
+    refused(command(*embed, status=2), "is not what this command writes")
 
 
 def test_an_empty_folder_whose_start_was_cut_short_is_filled(text_file, tmp_path, command):
@@ -205,6 +224,20 @@ def test_tokens_are_those_that_were_written(text_file, tmp_path, command):
     for name in ("tokenizer.json", "tokenizer.tiktoken"):
         shutil.copy(tmp_path / "bpe" / name, tmp_path / "b" / name)
     refused(command(*use, tmp_path / "b", status=2), "tokenizer.json")
+    meta = json.loads((tmp_path / "b" / "meta.json").read_text())
+    (tmp_path / "b" / "meta.json").write_text(json.dumps(meta | {"sha256": {}}))
+    refused(command(*use, tmp_path / "b", status=2), "no checksum of")
+
+
+def test_damaged_tokens_in_the_cache_are_made_anew(text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    config = DataConfig(str(text_file), tokenizer="bytes")
+    folder, _ = prepare_tokens(config, 0, None)
+    whole = (folder.path / "train.tokens").read_bytes()
+    for damaged in (whole[:-2], b"\x01" + whole[1:]):
+        (folder.path / "train.tokens").write_bytes(damaged)
+        prepare_tokens(config, 0, None)
+        assert (folder.path / "train.tokens").read_bytes() == whole
 
 
 @pytest.mark.parametrize("flag", ["--data", "--init", "--valid", "--tokenizer", "--out", "--separator"])
@@ -226,6 +259,26 @@ def test_weights_that_are_no_numbers(run, tmp_path, command):
 
 def test_empty_values_of_a_list(command, tmp_path):
     refused(command("-m", "mini", "tokens", "", "--out", tmp_path / "x", status=2), "FILES: it is empty")
+
+
+def test_weights_whose_outputs_are_no_numbers(bert, gpt, tmp_path, command):
+    """Each is one, but they overflow."""
+    (tmp_path / "a.txt").write_text("a\n")
+    for source in (gpt, bert):
+        run = tmp_path / source.name
+        shutil.copytree(source, run)
+        tensors = {name: torch.full_like(t, 3e38) for name, t in load_tensors(run / "model.safetensors").items()}
+        (run / "model.safetensors").unlink()
+        save_tensors(run / "model.safetensors", tensors)
+        (run / "result.json").unlink()
+    lines = [["compress.py", name, tmp_path / "gpt", *more, "--out", tmp_path / "x"]
+             for name, *more in (["prune"], ["quantize"], ["reduce", "--keep", "0"])]  # fmt: skip
+    lines += [["-m", "mini", "sample", tmp_path / "gpt", "A"], ["-m", "mini", "fill", tmp_path / "bert", "a [MASK]"]]
+    lines += [["-m", "mini", "embed", tmp_path / "bert", tmp_path / "a.txt"]]
+    for line in lines:
+        assert "of no use" in command(*line, status=2).stderr, line
+        assert not (tmp_path / "x" / "result.json").exists()
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
 
 
 @pytest.mark.parametrize("label", ["go\\tod", "go\\nod"])
@@ -270,6 +323,21 @@ def test_a_pickle_of_odd_tensors(tmp_path):
 
 
 # ---------------------------------------------------------------- no traceback
+def test_figures_that_are_none(text_file, run, command):
+    flags = ["train_gpt.py", "--data", text_file, *TINY, "--steps", 60, "--eval_every", 0, "--sample_every", 0]
+    for figures in ({"val_loss": "x", "steps": []}, {"val_loss": 1.0}, {}, {"val_loss": 1.0, "sha256": 3}):
+        (run / "result.json").write_text(json.dumps(figures))
+        refused(command(*flags, "--out", run, status=2), "result.json")
+
+
+def test_names_that_are_no_text(text_file, tmp_path, command):
+    odd = os.fsdecode(b"\xffrun")
+    command("train_gpt.py", "--data", text_file, *QUICK, "--out", tmp_path / odd)
+    assert load_run(tmp_path / odd)
+    refused(command("train_gpt.py", "--data", text_file, *QUICK, "--out", "/", status=2), "name a folder")
+    refused(command("-m", "mini", "sample", tmp_path / "a\nb\x1b[2J", "A", status=2), r"a\nb\x1b[2J")
+
+
 def test_half_a_character(run, monkeypatch):
     monkeypatch.setattr("sys.argv", ["mini", "sample", str(run), "a \udcff b", "--max_new_tokens", "2"])
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as out:
