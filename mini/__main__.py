@@ -325,7 +325,7 @@ def is_vectors(path: Path) -> bool:
     """Whether a file is of the kind that embed writes."""
     try:
         found = np.load(path, mmap_mode="r")
-    except (ValueError, OSError):
+    except (ValueError, EOFError):
         return False
     return isinstance(found, np.ndarray) and found.dtype == np.float32 and found.ndim == 2
 

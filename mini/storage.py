@@ -39,9 +39,14 @@ def sweep(folder: Path) -> None:
     for left in folder.glob(".*.tmp"):
         made_by = re.fullmatch(r"\..+\.(\d+)-(\w+)@(.+)\.tmp", left.name)
         if made_by and made_by[3] == machine() and not running(int(made_by[1]), made_by[2]):
-            shutil.rmtree(left, ignore_errors=True)
-            with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
-                left.unlink()
+            delete(left)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file or a folder, if it is still there and may be."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 @functools.cache

@@ -101,7 +101,7 @@ def kill(name: str, commands: dict, cache: Path, tmp_path: Path, some: int | Non
     for at in places:
         folder = new_folder(f"{at}")
         assert run(folder, at)[0] == -signal.SIGKILL, at
-        if run(folder)[0]:
+        if run(folder)[0] and not ("rewrite" in name and (folder / made).exists()):  # done, which it does not do again
             failures.append(f"stuck after operation {at} of {n}")
         elif content(folder) != content(whole):
             failures.append(f"other bytes after operation {at} of {n}")

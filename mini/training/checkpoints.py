@@ -238,7 +238,7 @@ def rewind(folder: Path, step: int) -> None:
     """Drops what came after the checkpoint from which a run goes on: log lines, damaged and unfinished checkpoints."""
     later = [path for path in checkpoints(folder) if step_of(path) > step]
     for path in [*later, *(folder / "checkpoints").glob(".step-*.tmp")]:  # of a machine that is gone, too
-        shutil.rmtree(path)
+        storage.delete(path)
     drop_best(folder, best_steps(folder))
     text = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step)
     storage.write_text(folder / "metrics.jsonl", text)

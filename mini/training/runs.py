@@ -198,7 +198,8 @@ def claim(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite: bool
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name another folder with --out")
-    for source in (config.init, config.distill and config.distill.get("init")):
+    tokenizer_of = config.data.tokenizer if Path(config.data.tokenizer, "tokenizer.json").is_file() else None
+    for source in (config.init, config.distill and config.distill.get("init"), overwrite and tokenizer_of):
         if source and Path(source).resolve() == folder.resolve():
             raise UserError(f"{folder}: --out is the run to start from, which stays; name another folder")
     if not folder.resolve().name:
