@@ -1,5 +1,6 @@
 """How fast a training is, held against this very device; and a picture of its losses."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from torch import nn
 from mini.training.devices import World
 
 
+@functools.cache  # once for a process, which may train several times
 def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
     """FLOP/s of a large square matrix product on this very device: the peak that utilisation is held against."""
     size = size or (8192 if device.type == "cuda" else 2048)

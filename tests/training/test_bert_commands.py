@@ -279,7 +279,7 @@ def test_what_is_read_is_not_written_over(classifier, run, labelled, command):
     before = (labelled / "valid.tsv").read_bytes()
     for flags in (["classify", classifier], ["embed", run]):
         done = command("-m", "mini", *flags, labelled / "valid.tsv", "--out", labelled / "valid.tsv", status=2)
-        assert "is not what this command writes" in done.stderr and (labelled / "valid.tsv").read_bytes() == before
+        assert "is the file to read" in done.stderr and (labelled / "valid.tsv").read_bytes() == before
 
 
 def test_a_file_is_not_a_text(classifier, documents, command):
