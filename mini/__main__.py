@@ -311,7 +311,7 @@ class EmbedOptions(RunOptions):
 def embed(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [EmbedOptions], EmbedOptions.__doc__)
     out = Path(options.out or f"{options.file}.npy")
-    check_output(out, is_vectors)
+    check_output(out, is_vectors, [options.file])
     model, tokenizer = load_run(options.run, pick_device(options.device), kind="bert")
     texts = [[tokenizer.encode(text) for text in row] for row in read_lines(options.file)]
     compute = partial(model.embed, pooling=options.pooling)
