@@ -197,14 +197,8 @@ def write_token_folder(config: DataConfig, vocab_size: int, tokenizer: Tokenizer
 
 
 # ---------------------------------------------------------------- writing
-def write_tokens(
-    splits: dict[str, TextSplit],
-    tokenizer: Tokenizer,
-    out: str | Path,
-    progress: bool = True,
-    workers: int = 0,
-    source: str = "",
-) -> TokenFolder:
+def write_tokens(splits: dict[str, TextSplit], tokenizer: Tokenizer, out: str | Path, progress: bool = True,
+                 workers: int = 0, source: str = "") -> TokenFolder:  # fmt: skip
     """Encodes {"train": ..., "valid": ...} into the folder `out`, which is there once it is whole; opens it.
 
     So many `workers` (threads; 0: one per core) encode while the results are written in order; memory

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -117,12 +118,11 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
         config = read_config(folder)
         path = newest_weights(folder)
         tensors = {name: t for name, t in load_tensors(path).items() if not name.startswith(LEARNING)}
-        tensors = sparse.unpack(
-            tensors, lambda: weights_wanted(lambda: MODELS[config.kind](config.model), folder), path
-        )
+        plain = partial(MODELS[config.kind], config.model)
+        tensors = sparse.unpack(tensors, lambda: weights_wanted(plain, folder), path)
 
         def make() -> Model:
-            model = MODELS[config.kind](config.model)
+            model = plain()
             sparse.take_masks(model, tensors)
             if config.quant:
                 int8.prepare(model, int8.ranges_of(tensors))
