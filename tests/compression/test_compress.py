@@ -196,6 +196,14 @@ def test_report(gpt, tmp_path, command, monkeypatch):
     assert all(row["ms_1_1"] > 0 and row["ms_8_32"] > 0 and row["memory_mb"] >= 0 for row in rows)
 
 
+def test_a_report_replaces_a_report_alone(gpt, tmp_path, command):
+    for foreign in ("report.md", "report.json"):
+        (tmp_path / foreign).write_text("{}")
+        done = command("compress.py", "report", gpt, "--out", tmp_path, status=2)
+        assert f"{foreign}: exists already" in done.stderr and (tmp_path / foreign).read_text() == "{}"
+        (tmp_path / foreign).unlink()
+
+
 def test_a_row_that_fails_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"could not be measured .*no such run folder") as failed:
         report.in_own_process(str(tmp_path / "none"), "saved", tmp_path / "out", report.ReportOptions(device="cpu"))
