@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mini.model.transformer import Model, View
+from mini.model.attention import View
+from mini.model.transformer import Model
 from mini.tasks.base import Batch, Task
 from mini.training.devices import progress_bar
 

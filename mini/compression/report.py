@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from mini.flags import Checked, UserError, option
 from mini.model import int8, sparse
-from mini.model.transformer import KVCache, Model
+from mini.model.attention import KVCache
+from mini.model.transformer import Model
 from mini.storage import read_json, write_json, write_text
 from mini.tensors import digest_tensors, load_tensors, save_tensors
 from mini.training.devices import World, can_compile, device_name, keep_memory, pick_device

@@ -23,7 +23,9 @@ class ModelConfig(Checked):
     norm_place: str = option("pre", "norm before each sublayer (GPT-2) or after its sum (BERT)", ("pre", "post"))
     norm_eps: float = option(1e-5, "epsilon of the normalisation", low=0)
     positions: str = option("learned", "position encoding", ("learned", "rope", "sinusoidal", "none"))
-    rope_base: float = option(10000.0, "longest wavelength of RoPE, divided by 2 pi, in tokens", low=1)
+    rope_base: float | list[float] = option(1e4, "longest wavelength of RoPE / 2 pi, in tokens; or each layer's", low=1)
+    window: int | list[int] = option(0, "tokens seen to each side, if causal back; 0: all; 64,64,0: by turns", low=0)
+    n_global: int = option(0, "BERT with windows: first tokens that see all and are seen by all", low=0)
     activation: str = option("gelu_tanh", "the MLP's function", ("gelu", "gelu_tanh", "relu2", "swiglu"), fixed=True)
     value_embeddings: bool = option(False, "a table of each layer adds to a token's values", fixed=True)
     qk_norm: bool = option(False, "normalise each query and key head (RMS) before their product")
@@ -44,6 +46,9 @@ class ModelConfig(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("window", "rope_base"):  # these lists repeat over the layers
+            if isinstance(values := getattr(self, name), list) and 0 < len(values) < self.n_layers:
+                setattr(self, name, (values * self.n_layers)[: self.n_layers])
         for name, values in vars(self).items():
             if isinstance(values, list) and len(values) != self.n_layers:
                 raise UserError(f"--{name} lists {len(values)} values for {self.n_layers} layers: give one for each")
@@ -57,6 +62,14 @@ class ModelConfig(Checked):
                 raise UserError(f"--n_heads {heads} is not divisible by --n_kv_heads {self.n_kv_heads}")
         if self.n_segments == 1:
             raise UserError("--n_segments 1: a pair of texts has two; give 0 for none")
+        if 1 in self.layers("window"):
+            raise UserError("--window 1: two neighbours are no context; give more, or 0 for all tokens")
+        if self.n_global and self.causal:
+            raise UserError("--n_global: a token that all see and that sees all would show them what comes later")
+        if self.n_global > self.max_len:
+            raise UserError(f"--n_global {self.n_global}: more than --max_len {self.max_len}")
+        if self.n_global and not any(self.layers("window")):
+            raise UserError("--n_global: without --window every token sees all already")
         if self.positions == "rope" and self.head_size % 2:
             raise UserError(f"--positions rope needs an even head width, not {self.head_size}")
 
@@ -74,6 +87,11 @@ class ModelConfig(Checked):
         """The config of a model with only these layers: of each list their values."""
         lists = {name: [value[i] for i in keep] for name, value in vars(self).items() if isinstance(value, list)}
         return replace(self, n_layers=len(keep), **lists)
+
+    @property
+    def endless(self) -> bool:
+        """Whether it reads texts of any length at a cost for each token that does not grow: max_len is no bound."""
+        return self.causal and self.positions in ("rope", "none") and all(self.layers("window"))
 
     @property
     def n_rows(self) -> int:

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mini.errors import UserError
+from mini.model.attention import KVCache
 from mini.model.config import ModelConfig
 from mini.model.published import gpt2_config, gpt2_tensors
-from mini.model.transformer import KVCache, Linear, Model, at_positions, linear_flops, real_tokens
+from mini.model.transformer import Linear, Model, at_positions, linear_flops, real_tokens
 from mini.tensors import loaded
 
 
@@ -93,12 +94,13 @@ class GPT(Model):
         temperature 0 is greedy. stop: tokens that end a row; it then repeats stop[0].
         use_cache=False recomputes everything for each token and gives the same tokens. Once a row is longer than
         max_len, the model sees its last max_len tokens; since that moves every token to another position, the
-        cache no longer holds and each further token costs a whole forward pass.
+        cache no longer holds and each further token costs a whole forward pass. Not so where the config is endless.
         compile=True compiles the single-token step: worth its seconds from some thousands of tokens on.
         """
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise UserError("the prompt has no tokens: give at least one")
-        B, device, max_len = len(tokens), tokens.device, self.config.max_len
+        B, device = len(tokens), tokens.device
+        most = tokens.size(1) + max_new_tokens if self.config.endless else self.config.max_len
         if lengths is None:
             lengths = torch.full((B,), tokens.size(1), device=device)
         if int(lengths.min()) < 1:
@@ -110,25 +112,24 @@ class GPT(Model):
         stops = torch.tensor(list(stop), dtype=torch.long, device=device)
 
         step, cache = self._step, None
-        if use_cache and longest < max_len:
-            slots = min(max_len, longest + max_new_tokens)
+        if use_cache and longest < most:
+            slots = min(most, longest + max_new_tokens)
             cache = KVCache(self.config, B, slots, device, self.stack.norm.weight.dtype)
             if compile:  # one shape for all steps
                 step = torch.compile(self._step)
 
         new = None
         for _ in range(max_new_tokens):
-            if cache is not None and longest <= max_len:
-                if new is None:  # the whole prompt at once; slots of filling are masked until they are overwritten
-                    cache.length = longest
-                    positions = torch.arange(longest, device=device).expand(B, -1)  # (B, T)
-                    hidden = self.stack(text[:, :longest], positions=positions, cache=cache)  # (B, T, C)
+            if cache is not None and longest <= most:
+                if new is None:  # the whole prompt at once
+                    prompt = text[:, :longest]
+                    hidden = self.stack(prompt, real=real_tokens(prompt, ends), cache=cache)  # (B, T, C)
                     logits = self.logits(hidden[rows, ends - 1])  # (B, V)
                 else:
                     cache.length = slots if compile else longest
                     logits = step(new[:, None], ends[:, None] - 1, cache)
             else:
-                logits = self._window(text, ends)
+                logits = self._window(text, ends, most)
             new = choose(logits.float(), temperature, top_k, top_p, generator)  # (B,)
             if len(stops):
                 new = torch.where(stopped, stops[0], new)
@@ -140,13 +141,13 @@ class GPT(Model):
             if len(stops) and bool(stopped.all()):
                 return
 
-    def _step(self, new: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """new (B, 1) at positions (B, 1) -> logits (B, V) of what follows."""
-        return self.logits(self.stack(new, positions=positions, cache=cache)[:, -1])
+    def _step(self, new: Tensor, places: Tensor, cache: KVCache) -> Tensor:
+        """new (B, 1) at places (B, 1) -> logits (B, V) of what follows."""
+        return self.logits(self.stack(new, places=places, cache=cache)[:, -1])
 
-    def _window(self, text: Tensor, ends: Tensor) -> Tensor:
-        """The logits (B, V) after each row's last max_len tokens, without a cache; text (B, T), ends (B,)."""
-        starts = (ends - self.config.max_len).clamp(min=0)
+    def _window(self, text: Tensor, ends: Tensor, most: int) -> Tensor:
+        """The logits (B, V) after each row's last tokens, at most so many, without a cache; text (B, T), ends (B,)."""
+        starts = (ends - most).clamp(min=0)
         width = int((ends - starts).max())
         places = (starts[:, None] + torch.arange(width, device=text.device)).clamp(max=text.size(1) - 1)
         hidden = self.stack(text.gather(1, places))  # (B, width, C)

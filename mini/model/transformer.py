@@ -1,4 +1,4 @@
-"""The heart: attention, MLP, norms, positions, Block, and the stack of them that GPT and BERT share.
+"""The heart: positions, attention, MLP, norms, Block, and the stack of them that GPT and BERT share.
 
 Shapes: B batch, T time (queries), S time (keys), C channels, H heads, K key/value heads, D head size, V vocabulary.
 """
@@ -6,7 +6,6 @@ Shapes: B batch, T time (queries), S time (keys), C channels, H heads, K key/val
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_later
 
+from mini.model.attention import ATTENTION, KVCache, View, drop
 from mini.model.config import ModelConfig
 
 # A function, or a class of modules for one with parameters of its own.
@@ -35,18 +35,6 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
-
-
-def drop(x: Tensor, p: float) -> Tensor:
-    """Dropout (Srivastava et al. 2014): each value is zero with probability p, else times 1 / (1 - p).
-
-    F.dropout takes most of its time on a CPU for random numbers; here four values share one of 64 bits (docs/log.md).
-    """
-    if p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p) if p else x
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)  # each of -2^15 .. 2^15 - 1 equally likely
-    return x * (bits >= round(p * 2**16) - 2**15).to(x.dtype).div_(1 - p)
 
 
 class Dropout(nn.Dropout):
@@ -110,12 +98,12 @@ def sinusoids(length: int, channels: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :channels]
 
 
-def rope_table(length: int, size: int, base: float) -> Tensor:
-    """(2, length, D): for each position the cosines and the signed sines that rotate() uses (Su et al. 2021)."""
-    frequencies = base ** (-torch.arange(0, size, 2) / size)
-    angles = torch.arange(length)[:, None] * frequencies  # (length, D / 2)
+def rope_at(positions: Tensor, size: int, base: float) -> Tensor:
+    """(..) places -> (2, .., D): the cosines and the signed sines that rotate() uses (Su et al. 2021)."""
+    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device) / size)
+    angles = positions[..., None] * frequencies  # (.., D / 2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack([torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)])
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -128,86 +116,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
-# ---------------------------------------------------------------- who sees whom
-@dataclass
-class View:
-    """What each query of a forward pass may look at: decided here, for every attention and whatever compares two."""
-
-    causal: bool
-    real: Tensor | None = None  # (B, T): True where a token is real; None: all are
-    positions: Tensor | None = None  # (B, T): the queries' places in their rows; None: 0..T-1
-    masks: dict = field(default_factory=dict)  # of this pass, each made once
-
-    @property
-    def only_causal(self) -> bool:
-        """Whether mask() is only that query t sees the keys up to t. (Padding at the right: none looks there.)"""
-        return self.causal and self.positions is None
-
-    def mask(self, T: int, S: int, device: torch.device) -> Tensor | None:
-        """(1 or B, 1, 1 or T, S): True where a query may look at a key; None where all may look at all.
-
-        With a cache the keys are its slots, of which those past a query's own position hold nothing of use.
-        """
-        if not self.causal:  # nobody looks at padding
-            return None if self.real is None else self.real[:, None, None, :]
-        if (T, S) not in self.masks:
-            places = torch.arange(T, device=device)[None] if self.positions is None else self.positions  # (1 or B, T)
-            self.masks[T, S] = (torch.arange(S, device=device) <= places[..., None])[:, None]
-        return self.masks[T, S]
-
-
-# ---------------------------------------------------------------- attention
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
-    """softmax(QKᵀ/√d + mask) V, as written (Vaswani et al. 2017, eq. 1): q (B, H, T, D), k, v (B, H, S, D) -> as q."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-    mask = view.mask(q.size(-2), k.size(-2), q.device)
-    if mask is not None:  # added, not filled in: 0 where allowed, -inf elsewhere, and a cheaper backward pass
-        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
-    weights = drop(scores.softmax(dim=-1), dropout)  # (B, H, T, S), rows sum to 1
-    return weights.to(v.dtype) @ v
-
-
-def attend_fused(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
-    """The same in one call that never stores the (T, S) scores (FlashAttention, Dao et al. 2022)."""
-    mask = None if view.only_causal else view.mask(q.size(-2), k.size(-2), q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=view.only_causal, dropout_p=dropout)
-
-
-def attend_fastest(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
-    """Whichever of the two is faster here.
-
-    The fused call's CPU kernel gains nothing from bfloat16 units (docs/log.md), but stores no scores of long texts.
-    """
-    bf16 = q.dtype == torch.bfloat16 or torch.is_autocast_enabled(q.device.type)
-    small_on_cpu = q.device.type == "cpu" and bf16 and q.size(-2) * k.size(-2) <= 512 * 512
-    return (attend_reference if small_on_cpu else attend_fused)(q, k, v, view, dropout)
-
-
-ATTENTION = {"reference": attend_reference, "fused": attend_fused, "auto": attend_fastest}
-
-
-class KVCache:
-    """The keys and values of all tokens so far, so that a new token costs one token's work.
-
-    keys, values: for each layer (B, K, S, D). Row b's token at position p lies in slot p.
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
-        heads = [config.n_kv_heads or h for h in config.layers("n_heads")]
-        shapes = [(batch, h, length, config.head_size) for h in heads]
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
-        self.length = length  # slots that attention looks at; generate() keeps it as short as it can
-
-    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (B, K, T, D) of the tokens at positions (B, T); returns all slots in use."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
-        keys, values = self.keys[layer], self.values[layer]
-        keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)  # (B, T, K, D) at (row, :, position)
-        values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
-        return keys[:, :, : self.length], values[:, :, : self.length]
-
-
+# ---------------------------------------------------------------- the parts of a block
 class Attention(nn.Module):
     """Multi-head self-attention; with n_kv_heads, grouped-query attention (Ainslie et al. 2023)."""
 
@@ -222,13 +131,14 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.attend = ATTENTION[config.attention]
+        self.causal, self.window, self.n_global = config.causal, config.layers("window")[layer], config.n_global
         rows = [heads * self.head_size for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
         self.qkv = Linear(config.d_model, sum(rows), bias=config.bias, parts=rows)  # queries, keys, values
         self.out = Linear(self.n_heads * self.head_size, config.d_model, bias=config.bias, std=residual_std(config))
         self.values = Embedding(config.n_rows, rows[2]) if config.value_embeddings else None
 
     def forward(self, x: Tensor, tokens: Tensor, view: View, rope: Tensor | None, cache: KVCache | None) -> Tensor:
-        """x (B, T, C), the states of tokens (B, T) -> (B, T, C). With a cache, they are those at view.positions."""
+        """x (B, T, C), the states of tokens (B, T) -> (B, T, C). With a cache, they are prompts, or at view.places."""
         B, T, _ = x.shape
         H, K, D = self.n_heads, self.n_kv_heads, self.head_size
         qk, v = self.qkv(x).split([(H + K) * D, K * D], dim=-1)
@@ -241,15 +151,19 @@ class Attention(nn.Module):
         if self.values is not None:  # parameters without arithmetic (Zhou et al. 2024; Jordan et al. 2024, NanoGPT)
             v = v + self.values(tokens).to(v.dtype)  # (B, T, K D)
         v = v.view(B, T, K, D).transpose(1, 2)  # (B, K, T, D)
-        if cache is not None:
-            k, v = cache.update(self.layer, view.positions, k, v)  # (B, K, S, D)
+        if cache is not None and view.places is None:
+            cache.fill(self.layer, view.real.sum(dim=1), k, v)
+        elif cache is not None:
+            k, v = cache.update(self.layer, view.places, k, v)  # (B, K, S, D)
         if K < H:  # each key/value head serves H / K query heads
             k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)  # (B, H, S, D)
         y = self.attend(q, k, v, view, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
 
     def flops(self, length: int) -> float:
-        return 4.0 * length * self.n_heads * self.head_size  # beside its linear layers: QKᵀ, and the weighted sum of V
+        """Beside its linear layers: QKᵀ, and the weighted sum of V, of the keys that a query sees."""
+        near = self.window * (1 if self.causal else 2) + 1 + self.n_global if self.window else length
+        return 4.0 * min(near, length) * self.n_heads * self.head_size
 
     def units(self) -> dict[str, tuple[int, Tensor]]:
         """What belongs to each head: {name of a tensor: (dimension, (H, n) places in it)}, all that H decides."""
@@ -331,9 +245,6 @@ class Transformer(nn.Module):
         self.segments = nn.Embedding(config.n_segments, C) if config.n_segments else None
         if config.positions == "sinusoidal":
             self.register_buffer("sinusoids", sinusoids(config.max_len, C), persistent=False)
-        if config.positions == "rope":
-            table = rope_table(config.max_len, config.head_size, config.rope_base)
-            self.register_buffer("rope", table, persistent=False)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         # Post-norm normalises the embedding instead, since its blocks end in a norm.
@@ -341,38 +252,43 @@ class Transformer(nn.Module):
         self.checkpoint_activations = False
 
     def forward(self, tokens: Tensor, real: Tensor | None = None, segments: Tensor | None = None,
-                positions: Tensor | None = None, cache: KVCache | None = None) -> Tensor:  # fmt: skip
+                documents: Tensor | None = None, cache: KVCache | None = None,
+                places: Tensor | None = None) -> Tensor:  # fmt: skip
         """tokens (B, T) int64 -> (B, T, C).
 
         real (B, T): True where a token is real; a decoder pads at the right.
         segments (B, T): the text each token belongs to, 0 for all if it is not given.
-        positions (B, T) and cache: the tokens' places and the ones before them, for generation.
+        documents (B, T): the number of the document each token is of; none looks into another, or counts from there.
+        cache: keeps what the tokens are to those that follow: prompts first; then one token each, at places (B, 1).
         """
-        T = tokens.size(1)
-        if T > self.config.max_len:
-            raise ValueError(f"{T} tokens are more than the model's max_len of {self.config.max_len}")
-        view = View(self.config.causal, real, positions)
+        c, T = self.config, tokens.size(1)
+        if T > c.max_len and not c.endless:
+            raise ValueError(f"{T} tokens are more than the model's max_len of {c.max_len}")
+        at = torch.arange(T, device=tokens.device) if places is None else places  # (T,) or (B, 1)
+        if documents is not None:  # positions begin anew in each
+            begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0  # (B, T)
+            at = at - torch.where(begins, at, 0).cummax(dim=1).values  # (B, T)
         x = self.tokens(tokens).to(self.norm.weight.dtype)  # (B, T, C)
-        at = slice(T) if positions is None else positions
         if self.positions is not None:
             x = x + self.positions.weight[at]
-        elif self.config.positions == "sinusoidal":
+        elif c.positions == "sinusoidal":
             x = x + self.sinusoids[at].to(x.dtype)
         if self.segments is not None:
             x = x + (self.segments.weight[0] if segments is None else self.segments(segments))
-        if self.config.norm_place == "post":
+        if c.norm_place == "post":
             x = self.norm(x)
         x = self.dropout(x)
 
-        rope = None
-        if self.config.positions == "rope":
-            rope = self.rope[:, at].unsqueeze(-2)  # (2, T, 1, D) or (2, B, T, 1, D)
-        for block in self.blocks:
+        views = {w: View(c.causal, real, w, c.n_global, documents, places) for w in set(c.layers("window"))}
+        ropes = dict.fromkeys(c.layers("rope_base"))
+        if c.positions == "rope":
+            ropes = {base: rope_at(at, c.head_size, base).unsqueeze(-2) for base in ropes}  # (2, [B,] T, 1, D)
+        for block, window, base in zip(self.blocks, c.layers("window"), c.layers("rope_base"), strict=True):
             if self.checkpoint_activations and self.training:
-                x = recompute_later(block, x, tokens, view, rope, cache, use_reentrant=False)
+                x = recompute_later(block, x, tokens, views[window], ropes[base], cache, use_reentrant=False)
             else:
-                x = block(x, tokens, view, rope, cache)
-        return self.norm(x) if self.config.norm_place == "pre" else x
+                x = block(x, tokens, views[window], ropes[base], cache)
+        return self.norm(x) if c.norm_place == "pre" else x
 
     def flops(self, length: int) -> float:
         """Multiply-adds × 2 of a forward pass for one token among `length`.

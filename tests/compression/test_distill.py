@@ -15,7 +15,7 @@ from mini.compression.activations import recording
 from mini.compression.distill import DistillConfig
 from mini.compression.shrink import without_layers
 from mini.errors import UserError
-from mini.model.transformer import View, attend_reference
+from mini.model.attention import View, attend_reference
 from mini.presets import ENCODER, MODERN
 from mini.tasks.base import Batch, Task
 from mini.tasks.classify import Classification

@@ -13,8 +13,9 @@ from conftest import lm_loss
 
 from mini import GPT, ModelConfig
 from mini.errors import UserError
+from mini.model.attention import KVCache, View, attend_fused, attend_reference
 from mini.model.gpt import choose
-from mini.model.transformer import View, attend_fused, attend_reference, rope_table, rotate
+from mini.model.transformer import rope_at, rotate
 from mini.presets import model_preset
 from mini.tensors import load_tensors, save_tensors
 
@@ -31,6 +32,8 @@ VARIANTS = {
     "per layer": dict(n_heads=[4, 1], d_head=8, d_ff=[16, 48]),
     "padded vocabulary": dict(vocab_multiple=64),
     "reference": dict(attention="reference"),
+    "windows": dict(positions="rope", window=[3, 0], rope_base=[10000.0, 160000.0]),
+    "windows, learned positions": dict(window=5),
 }
 
 
@@ -64,7 +67,7 @@ def test_reference_attention_equals_fused(mask):
 def test_rope_depends_on_distance_only():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16)
-    table = rope_table(30, 16, 10000.0)[:, :, None]  # (2, T, 1, D)
+    table = rope_at(torch.arange(30), 16, 10000.0)[:, :, None]  # (2, T, 1, D)
 
     def score(i: int, j: int) -> float:
         return float((rotate(q, table[:, i : i + 1]) * rotate(k, table[:, j : j + 1])).sum())
@@ -96,7 +99,21 @@ def test_cache_gives_the_same_tokens(name):
     assert torch.equal(with_cache, plain)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "modern"])
+@pytest.mark.parametrize("prompt", [1, 2, 9, 30])
+def test_with_windows_alone_a_text_has_no_end(prompt):
+    """And its cache no more slots than a query sees: max_len is 24, the windows 3 and 5."""
+    model, tokens = build(positions="rope", window=[3, 5], value_embeddings=True), random_tokens(2, prompt)
+    with_cache = model.generate(tokens, 60)
+    assert torch.equal(with_cache, model.generate(tokens, 60, use_cache=False))
+    plain = tokens
+    for _ in range(60):
+        plain = torch.cat([plain, model(plain)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(with_cache, plain)
+    cache = KVCache(model.config, 2, 100_000, tokens.device, torch.float32)
+    assert [keys.size(2) for keys in cache.keys] == [4, 6]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "modern", "windows"])
 def test_prompts_of_different_lengths(name):
     model, tokens = build(**VARIANTS[name]), random_tokens(3, 9)
     lengths = torch.tensor([9, 2, 5])

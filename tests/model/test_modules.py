@@ -1,12 +1,14 @@
 """What modules say of themselves: first values, who sees whom, units, arithmetic."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from mini import GPT, Bert, ModelConfig
 from mini.compression.shrink import without_layers, without_units
-from mini.model.transformer import View, attend_fused, attend_reference
+from mini.model.attention import View, attend_fused, attend_local, attend_reference
 from mini.presets import MODERN
 from mini.tensors import weights
 
@@ -50,19 +52,44 @@ def test_first_values_follow_seed_and_name():
 def test_who_sees_whom():
     causal = View(True).mask(3, 3, torch.device("cpu"))
     assert causal.shape == (1, 1, 3, 3) and torch.equal(causal[0, 0], torch.ones(3, 3).tril().bool())
-    assert View(True).only_causal and not View(False).only_causal  # just this is what the fused call is told
-    assert not View(True, positions=torch.tensor([[2], [0]])).only_causal
+    assert View(True).only_causal(3) and not View(False).only_causal(3)  # just this is what the fused call is told
+    assert not View(True, places=torch.tensor([[2], [0]])).only_causal(1)
+    assert View(True, window=2).only_causal(3) and not View(True, window=2).only_causal(4)
     real = torch.tensor([[True, True, False]])
     assert View(False, real).mask(3, 3, torch.device("cpu")).tolist() == [[[[True, True, False]]]]
     assert View(False).mask(3, 3, torch.device("cpu")) is None
-    cached = View(True, positions=torch.tensor([[2], [0]])).mask(1, 4, torch.device("cpu"))
+    cached = View(True, places=torch.tensor([[2], [0]])).mask(1, 4, torch.device("cpu"))
     assert cached[:, 0, 0].tolist() == [[True, True, True, False], [True, False, False, False]]
+    ring = View(True, window=2, places=torch.tensor([[7], [1]])).mask(1, 3, torch.device("cpu"))  # places 6 7 5, 0 1 -
+    assert ring[:, 0, 0].tolist() == [[True, True, True], [True, True, False]]
+    rows = View(False, window=1, n_global=1).mask(4, 4, torch.device("cpu"))[0, 0].int().tolist()
+    assert rows == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 1]]
+    packed = View(True, documents=torch.tensor([[0, 0, 1, 1]])).mask(4, 4, torch.device("cpu"))[0, 0].int().tolist()
+    assert packed == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("T, window, n_global", [*itertools.product((64, 200, 257), (2, 40, 64), (0, 1, 5))])
+@pytest.mark.parametrize("causal, packed, ragged", [*itertools.product((False, True), repeat=3)])
+def test_near_by_is_the_same_mask(T, window, n_global, causal, packed, ragged):
+    """In blocks, forward and backward, as written out; padding, whose output nobody uses, aside."""
+    if causal and n_global:
+        return
+    g = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 2, T, 4, dtype=torch.double, generator=g, requires_grad=True) for _ in range(3)]
+    real = torch.arange(T) < torch.tensor([[T], [T - 37]]) if ragged else None
+    documents = (torch.rand(2, T, generator=g) < 0.05).cumsum(1) if packed else None
+    view, found = View(causal, real, window, n_global, documents), []
+    for attend in (attend_reference, attend_local):
+        y = attend(*tensors, view, 0.0).transpose(1, 2)
+        y = y if real is None else y[real]
+        found.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
+    torch.testing.assert_close(*found)
 
 
 def test_with_a_cache_both_attentions_agree():
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.double, generator=g) for n in (1, 5, 5))
-    view = View(True, positions=torch.tensor([[4], [1]]))
+    view = View(True, places=torch.tensor([[4], [1]]))
     torch.testing.assert_close(attend_reference(q, k, v, view, 0.0), attend_fused(q, k, v, view, 0.0))
     alone = attend_reference(q[1:], k[1:, :, :2], v[1:, :, :2], View(False), 0.0)
     torch.testing.assert_close(attend_reference(q, k, v, view, 0.0)[1:], alone)
