@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 from mini.flags import Checked, UserError, option
 
+UNGATED, GATED = ("gelu", "gelu_tanh", "relu2"), ("swiglu", "geglu")  # names of activations
+
 
 @dataclass
 class ModelConfig(Checked):
@@ -26,7 +28,8 @@ class ModelConfig(Checked):
     rope_base: float | list[float] = option(1e4, "longest wavelength of RoPE / 2 pi, in tokens; or each layer's", low=1)
     window: int | list[int] = option(0, "tokens seen to each side, if causal back; 0: all; 64,64,0: by turns", low=0)
     n_global: int = option(0, "BERT with windows: first tokens that see all and are seen by all", low=0)
-    activation: str = option("gelu_tanh", "the MLP's function", ("gelu", "gelu_tanh", "relu2", "swiglu"), fixed=True)
+    activation: str = option("gelu_tanh", "the MLP's function, with -glu of a gate", (*UNGATED, *GATED), fixed=True)
+    embed_norm: bool = option(False, "pre-norm: one behind the embedding, in the place of the first block's first")
     value_embeddings: bool = option(False, "a table of each layer adds to a token's values", fixed=True)
     qk_norm: bool = option(False, "normalise each query and key head (RMS) before their product")
     bias: bool = option(True, "biases in linear layers and LayerNorms", fixed=True)
@@ -60,6 +63,8 @@ class ModelConfig(Checked):
         for heads in self.layers("n_heads"):
             if self.n_kv_heads and heads % self.n_kv_heads:
                 raise UserError(f"--n_heads {heads} is not divisible by --n_kv_heads {self.n_kv_heads}")
+        if self.embed_norm and self.norm_place == "post":
+            raise UserError("--embed_norm: with --norm_place post there is a norm behind the embedding already")
         if self.n_segments == 1:
             raise UserError("--n_segments 1: a pair of texts has two; give 0 for none")
         if 1 in self.layers("window"):
@@ -78,15 +83,19 @@ class ModelConfig(Checked):
         value = getattr(self, name)
         values = value if isinstance(value, list) else [value] * self.n_layers
         if name == "d_ff":
-            # SwiGLU has three matrices instead of two: 8/3 of d_model keeps the parameters (Shazeer 2020, §2).
-            gated = (8 * self.d_model // 3 + 63) // 64 * 64
-            values = [d or (gated if self.activation == "swiglu" else 4 * self.d_model) for d in values]
+            # With a gate there are three matrices, not two: 8/3 of d_model keeps the parameters (Shazeer 2020, §2).
+            usual = (8 * self.d_model // 3 + 63) // 64 * 64 if self.gated else 4 * self.d_model
+            values = [d or usual for d in values]
         return values
 
     def of_layers(self, keep: Sequence[int]) -> "ModelConfig":
         """The config of a model with only these layers: of each list their values."""
         lists = {name: [value[i] for i in keep] for name, value in vars(self).items() if isinstance(value, list)}
         return replace(self, n_layers=len(keep), **lists)
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in GATED
 
     @property
     def endless(self) -> bool:

@@ -1,4 +1,4 @@
-"""The names and settings under which GPT-2 and BERT are published, and ours."""
+"""The names and settings under which GPT-2, BERT and ModernBERT are published, and ours."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mini.flags import UserError, from_dict
+from mini.flags import UserError, field_names, from_dict, of_type
 from mini.model.config import ModelConfig
 from mini.storage import read_json
 from mini.tensors import DTYPE_NAMES, load_tensors
@@ -28,7 +28,15 @@ BERT_SETTINGS = {
     "n_segments": ("type_vocab_size", 2), "norm_eps": ("layer_norm_eps", 1e-12), "activation": ("hidden_act", "gelu"),
     "dropout": ("hidden_dropout_prob", 0.1), "tied": ("tie_word_embeddings", True),
 }  # fmt: skip
+MODERNBERT_SETTINGS = {
+    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "d_model": "hidden_size",
+    "d_ff": "intermediate_size", "max_len": "max_position_embeddings", "vocab_size": "vocab_size",
+    "norm_eps": ("norm_eps", 1e-5), "activation": ("hidden_activation", "gelu"), "dropout": ("embedding_dropout", 0.0),
+    "tied": ("tie_word_embeddings", True),
+}  # fmt: skip
 UNSUPPORTED = {
+    "attention_bias": (False, None), "mlp_bias": (False, None), "norm_bias": (False, None),
+    "decoder_bias": (True, None),
     "scale_attn_by_inverse_layer_idx": (False, None), "add_cross_attention": (False, None), "is_decoder": (False, None),
     "position_embedding_type": ("absolute", None),
 }  # fmt: skip
@@ -52,10 +60,20 @@ def read_settings(folder: str | Path, kind: str, mark: str, names: dict, **ours)
         ours[mine] = default if found.get(name) is None else found[name]
         if ours[mine] is None:
             raise UserError(f"{path}: it gives no {name}")
-    if not isinstance(ours["activation"], str) or ours["activation"] not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(f"{path}: the activation {ours['activation']!r} is not one that mini has ({known})")
-    return from_dict(ModelConfig, ours | {"activation": ACTIVATIONS[ours["activation"]]}, path)
+    known = {"gelu": "geglu"} if kind == "modernbert" else ACTIVATIONS
+    if not isinstance(ours["activation"], str) or ours["activation"] not in known:
+        raise UserError(f"{path}: the activation {ours['activation']!r} is not one that mini has ({', '.join(known)})")
+    return from_dict(ModelConfig, ours | {"activation": known[ours["activation"]]}, path)
+
+
+@dataclasses.dataclass
+class NearBy:
+    """How ModernBERT's layers look near by, as its files give it."""
+
+    global_attn_every_n_layers: int = 3
+    local_attention: int = 128  # to both sides together
+    global_rope_theta: float = 160000.0
+    local_rope_theta: float = 10000.0
 
 
 def gpt2_config(folder: str | Path) -> ModelConfig:
@@ -63,6 +81,19 @@ def gpt2_config(folder: str | Path) -> ModelConfig:
 
 
 def bert_config(folder: str | Path) -> ModelConfig:
+    """Of a BERT, or of a ModernBERT (Warner et al. 2024), most of whose layers look near by."""
+    path = Path(folder) / "config.json"
+    found = read_json(path)
+    if found.get("model_type") == "modernbert":
+        ours = from_dict(NearBy, {f: found[f] for f in field_names(NearBy) if f in found}, path)
+        newer = of_type(found.get("rope_parameters", {}), dict[str, dict], f"{path}: rope_parameters")
+        older = {"full_attention": ours.global_rope_theta, "sliding_attention": ours.local_rope_theta}
+        bases = [newer.get(name, {}).get("rope_theta", base) for name, base in older.items()]
+        near = ours.global_attn_every_n_layers - 1  # layers of so many
+        return read_settings(
+            folder, "modernbert", "intermediate_size", MODERNBERT_SETTINGS, causal=False, positions="rope", bias=False,
+            embed_norm=True, window=[0, *near * [ours.local_attention // 2]], rope_base=[bases[0], *near * [bases[1]]],
+        )  # fmt: skip
     return read_settings(folder, "bert", "intermediate_size", BERT_SETTINGS, norm_place="post", causal=False)
 
 
@@ -70,7 +101,7 @@ def published_kind(folder: str | Path) -> str:
     """ "gpt" or "bert"."""
     config = read_json(Path(folder) / "config.json")
     kind = config.get("model_type", "gpt2" if "n_embd" in config else "bert")
-    kinds = {"gpt2": "gpt", "bert": "bert"}
+    kinds = {"gpt2": "gpt", "bert": "bert", "modernbert": "bert"}
     if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{folder}/config.json describes a {kind!r}; mini opens {' and '.join(kinds)}")
     return kinds[kind]
@@ -110,6 +141,22 @@ BERT_NAMES = {
 }
 
 
+MODERNBERT_NAMES = {
+    r"embeddings\.tok_embeddings\.": "stack.tokens.",
+    r"embeddings\.norm\.": "stack.embed_norm.",
+    r"final_norm\.": "stack.norm.",
+    r"layers\.(\d+)\.attn_norm\.": r"stack.blocks.\1.norm1.",
+    r"layers\.(\d+)\.attn\.Wqkv\.": r"stack.blocks.\1.attention.qkv.",
+    r"layers\.(\d+)\.attn\.Wo\.": r"stack.blocks.\1.attention.out.",
+    r"layers\.(\d+)\.mlp_norm\.": r"stack.blocks.\1.norm2.",
+    r"layers\.(\d+)\.mlp\.Wi\.": r"stack.blocks.\1.mlp.gate_and_up.",
+    r"layers\.(\d+)\.mlp\.Wo\.": r"stack.blocks.\1.mlp.down.",
+    r"head\.dense\.": "mlm.dense.",
+    r"head\.norm\.": "mlm.norm.",
+    r"decoder\.": "mlm.decoder.",
+}
+
+
 def our_name(name: str, names: dict[str, str]) -> str:
     for theirs, ours in names.items():
         name, found = re.subn(f"^{theirs}", ours, name)
@@ -131,8 +178,17 @@ def gpt2_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 
 def bert_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """The tensors of a published BERT under our names, queries, keys and values joined."""
+    """The tensors of a published BERT or ModernBERT under our names, queries, keys and values joined."""
     renamed = {}
+    if read_json(Path(folder) / "config.json").get("model_type") == "modernbert":
+        for name, tensor in load_published(folder).items():
+            name = our_name(name.removeprefix("model."), MODERNBERT_NAMES)
+            if name.endswith(".gate_and_up.weight"):  # two matrices in one
+                for part, rows in zip(("gate", "up"), tensor.tensor_split(2), strict=True):
+                    renamed[name.replace("gate_and_up", part)] = rows
+            else:
+                renamed[name] = tensor
+        return renamed
     for name, tensor in load_published(folder).items():
         name = name.removeprefix("bert.")
         if name == "embeddings.position_ids":  # 0, 1, 2, ..: stored by old versions

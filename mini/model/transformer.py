@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2: its tanh approximation
     "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, "Primer", §4
     "swiglu": F.silu,  # of the gate (Shazeer 2020)
+    "geglu": F.gelu,  # the same
 }
 
 
@@ -177,14 +178,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """W₂ f(W₁ x + b₁) + b₂; SwiGLU: W₂ (silu(W_g x) · W₁ x) (Shazeer 2020)."""
+    """W₂ f(W₁ x + b₁) + b₂; with a gate W₂ (f(W_g x) · W₁ x) (Shazeer 2020)."""
 
     joint = "down"
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         d_ff = config.layers("d_ff")[layer]
-        self.gate = Linear(config.d_model, d_ff, bias=config.bias) if config.activation == "swiglu" else None
+        self.gate = Linear(config.d_model, d_ff, bias=config.bias) if config.gated else None
         self.up = Linear(config.d_model, d_ff, bias=config.bias)
         self.down = Linear(d_ff, config.d_model, bias=config.bias, std=residual_std(config))
         self.activation = make_activation(config)
@@ -210,7 +211,7 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm = config.norm_place == "pre"
         self.attention = Attention(config, layer)
-        self.norm1 = make_norm(config)
+        self.norm1 = nn.Identity() if config.embed_norm and layer == 0 else make_norm(config)
         self.mlp = MLP(config, layer)
         self.norm2 = make_norm(config)
         self.dropout = Dropout(config.dropout)
@@ -247,8 +248,9 @@ class Transformer(nn.Module):
             self.register_buffer("sinusoids", sinusoids(config.max_len, C), persistent=False)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        # Post-norm normalises the embedding instead, since its blocks end in a norm.
+        # Post-norm normalises the embedding instead, since its blocks end in a norm; ModernBERT both.
         self.norm = make_norm(config)
+        self.embed_norm = make_norm(config) if config.embed_norm else None
         self.checkpoint_activations = False
 
     def forward(self, tokens: Tensor, real: Tensor | None = None, segments: Tensor | None = None,
@@ -277,6 +279,8 @@ class Transformer(nn.Module):
             x = x + (self.segments.weight[0] if segments is None else self.segments(segments))
         if c.norm_place == "post":
             x = self.norm(x)
+        elif self.embed_norm is not None:
+            x = self.embed_norm(x)
         x = self.dropout(x)
 
         views = {w: View(c.causal, real, w, c.n_global, documents, places) for w in set(c.layers("window"))}

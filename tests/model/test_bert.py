@@ -77,6 +77,19 @@ def test_published_weights_give_the_published_outputs():
     assert not model.training and tokenizer.kind == "wordpiece" and tokenizer.lowercase
 
 
+def test_modernbert_gives_its_published_outputs():
+    """tests/fixtures/modernbert: random weights and outputs of Hugging Face's ModernBertForMaskedLM 5.23."""
+    folder = FIXTURE.with_name("modernbert")
+    model, expected = Bert.from_published(folder), json.loads((folder / "expected.json").read_text())
+    assert model.config.window == [0, 4, 4, 0] and model.config.rope_base == [50000, 10000, 10000, 50000]
+    tokens, lengths = torch.tensor(expected["tokens"]), torch.tensor(expected["lengths"])
+    hidden = model.encode(tokens, lengths)
+    logits, _ = model.predict(tokens, lengths, torch.tensor(expected["positions"]).expand(2, -1))
+    for row, n in enumerate(expected["lengths"]):
+        torch.testing.assert_close(hidden[row, :n], torch.tensor(expected["hidden"][row]), atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits[row], torch.tensor(expected["logits"][row]), atol=2e-5, rtol=0)
+
+
 def rewrite(folder: Path, change, config: dict | None = None) -> Path:
     shutil.copytree(FIXTURE, folder)
     save_tensors(
