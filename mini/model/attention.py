@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mini.model.config import ModelConfig
 
-BLOCK = 64  # queries of a block at least: smaller products waste the processor
+BLOCK = 64  # queries that are looked at together: fewer waste the processor, more look at more keys than they see
 
 
 # ---------------------------------------------------------------- who sees whom
@@ -53,6 +53,11 @@ class View:
 
     def is_local(self, T: int) -> bool:
         return 0 < self.window < T - 1
+
+    def pays_in_blocks(self, T: int, S: int) -> bool:
+        """Whether a block's queries are held against so few keys that it is worth the copies (docs/log.md)."""
+        near = BLOCK + self.window * (1 if self.causal else 2) + self.n_global
+        return T == S and self.is_local(T) and 2 * near <= T
 
     def mask(self, T: int, S: int, device: torch.device) -> Tensor | None:
         """sees() of whole rows, (1 or B, 1, 1 or T, S); None where all see all. With a cache the keys are its slots."""
@@ -96,17 +101,17 @@ def written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
     """The same in one call that never stores the (T, S) scores (FlashAttention, Dao et al. 2022); local, in blocks."""
-    T, S = q.size(-2), k.size(-2)
-    if T == S and 3 * max(view.window, BLOCK) + view.n_global < T and view.is_local(T):
+    if view.pays_in_blocks(q.size(-2), k.size(-2)):
         return attend_local(q, k, v, view, dropout)
-    causal = view.only_causal(T)
-    mask = None if causal else view.mask(T, S, q.device)
+    causal = view.only_causal(q.size(-2))
+    mask = None if causal else view.mask(q.size(-2), k.size(-2), q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
 
 
 def attend_fastest(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
-    """Whichever of the two is faster here."""
-    return (attend_reference if written_is_faster(q, k) else attend_fused)(q, k, v, view, dropout)
+    """Whichever of these is faster here."""
+    written_out = written_is_faster(q, k) and not view.pays_in_blocks(q.size(-2), k.size(-2))
+    return (attend_reference if written_out else attend_fused)(q, k, v, view, dropout)
 
 
 def written_is_faster(q: Tensor, k: Tensor) -> bool:
@@ -122,10 +127,10 @@ ATTENTION = {"reference": attend_reference, "fused": attend_fused, "auto": atten
 def attend_local(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
     """Blocks of W queries, each against the keys at most `window` away from it, and the global ones.
 
-    No tensor is as large as (T, T): cost and memory grow as T (W + 2 window).
+    No tensor is as large as (T, T): cost and memory grow as T (W + 2 window + n_global).
     """
     B, H, T, D = q.shape
-    W, before, g = max(view.window, BLOCK), view.window, min(view.n_global, T)
+    W, before, g = BLOCK, view.window, min(view.n_global, T)
     after = 0 if view.causal else view.window
     N = -(-T // W)
     places = torch.arange(N * W, device=q.device).view(N, W)
