@@ -18,7 +18,7 @@ class Activations:
     """Of one forward pass."""
 
     real: Tensor | None = None  # (B, T), True where a token is real
-    view: View | None = None  # who saw whom
+    views: list[View] = field(default_factory=list)  # of each block, who saw whom
     hidden: list[Tensor] = field(default_factory=list)  # L + 1 of (B, T, C): what enters the blocks, what leaves each
     final: Tensor | None = None  # (B, T, C): what leaves the last, with pre-norm normed
     attention: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # of each block q, k, v (B, H, T, D)
@@ -42,7 +42,7 @@ def recording(model: Model) -> Iterator[Activations]:
 
     def noting(attend: Callable) -> Callable:
         def call(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
-            seen.view = view
+            seen.views.append(view)
             seen.attention.append((q, k, v))
             return attend(q, k, v, view, dropout)
 

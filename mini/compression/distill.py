@@ -326,13 +326,15 @@ class Distillation:
             final = {(len(mine.attention) - 1, len(theirs.attention) - 1): (mine.final, theirs.final)}
             states = [final.get((m, t), (mine.hidden[m + 1], theirs.hidden[t + 1])) for m, t in pairs]
             return sum(squared_error(*both(x, y)) for x, y in states)
-        T = real.size(1)
-        visible = real.new_ones(len(real), T, T)
-        if (mask := mine.view.mask(T, T, real.device)) is not None:
-            visible = visible & mask[:, 0]  # (B, T, T)
+
+        def visible(layer: int) -> Tensor:  # (B, T, T): of what the student sees
+            seen = real.new_ones(len(real), real.size(1), real.size(1))
+            mask = mine.views[layer].mask(*seen.shape[1:], real.device)
+            return seen if mask is None else seen & mask[:, 0]
+
         if name == "attention":
-            return sum(attention_error(mine.attention[m], theirs.attention[t], visible, real) for m, t in pairs)
+            return sum(attention_error(mine.attention[m], theirs.attention[t], visible(m), real) for m, t in pairs)
         m, t = pairs[-1]  # one layer of each, with --layer_map last or uniform the last
         heads = self.options.relation_heads or theirs.attention[t][0].size(1)
         qkv = zip(mine.attention[m], theirs.attention[t], strict=True)
-        return sum(relation_error(x, y, heads, visible, real) for x, y in qkv)
+        return sum(relation_error(x, y, heads, visible(m), real) for x, y in qkv)

@@ -58,7 +58,7 @@ class GPT(Model):
         real = None
         if (targets := inputs.get("targets")) is not None:  # (B, T): real up to a row's last target
             real = (targets >= 0).int().flip(1).cummax(dim=1).values.flip(1).bool()
-        hidden = self.stack(inputs["tokens"], real=real)  # (B, T, C)
+        hidden = self.stack(inputs["tokens"], real=real, documents=inputs.get("documents"))  # (B, T, C)
         hidden = at_positions(hidden, inputs["positions"]) if "positions" in inputs else hidden
         return {"lm": self.logits(hidden)}
 

@@ -133,6 +133,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.attend = ATTENTION[config.attention]
         self.causal, self.window, self.n_global = config.causal, config.layers("window")[layer], config.n_global
+        self.rope_base = config.layers("rope_base")[layer] if config.positions == "rope" else None
         rows = [heads * self.head_size for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
         self.qkv = Linear(config.d_model, sum(rows), bias=config.bias, parts=rows)  # queries, keys, values
         self.out = Linear(self.n_heads * self.head_size, config.d_model, bias=config.bias, std=residual_std(config))
@@ -283,15 +284,19 @@ class Transformer(nn.Module):
             x = self.embed_norm(x)
         x = self.dropout(x)
 
-        views = {w: View(c.causal, real, w, c.n_global, documents, places) for w in set(c.layers("window"))}
-        ropes = dict.fromkeys(c.layers("rope_base"))
-        if c.positions == "rope":
-            ropes = {base: rope_at(at, c.head_size, base).unsqueeze(-2) for base in ropes}  # (2, [B,] T, 1, D)
-        for block, window, base in zip(self.blocks, c.layers("window"), c.layers("rope_base"), strict=True):
+        views, ropes = {}, {None: None}  # layers of one kind share theirs
+        for attention in (block.attention for block in self.blocks):
+            window, base = attention.window, attention.rope_base
+            if window not in views:
+                views[window] = View(c.causal, real, window, c.n_global, documents, places)
+            if base not in ropes:
+                ropes[base] = rope_at(at, c.head_size, base).unsqueeze(-2)  # (2, [B,] T, 1, D)
+        for block in self.blocks:
+            rest = tokens, views[block.attention.window], ropes[block.attention.rope_base], cache
             if self.checkpoint_activations and self.training:
-                x = recompute_later(block, x, tokens, views[window], ropes[base], cache, use_reentrant=False)
+                x = recompute_later(block, x, *rest, use_reentrant=False)
             else:
-                x = block(x, tokens, views[window], ropes[base], cache)
+                x = block(x, *rest)
         return self.norm(x) if c.norm_place == "pre" else x
 
     def flops(self, length: int) -> float:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mini.errors import UserError
+from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, Task
@@ -43,14 +44,24 @@ class NextToken(Task):
         return [line + (f", {result['val_bpb']:.4f} bits per byte" if "val_bpb" in result else "")]
 
 
+@dataclass
+class LMConfig(Checked):
+    """Language modelling."""
+
+    document_mask: bool = option(False, "a token sees nothing of the documents before its own in a window")
+
+
 class LanguageModelling(NextToken):
     """Windows of max_len tokens that tile the corpus, each with the tokens that follow as targets."""
 
-    pretrains, fixed_shape = True, True
+    Config, pretrains, fixed_shape = LMConfig, True, True
 
     def __init__(self, train: TokenFile, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int,
-                 batch_size: int = 1, options: None = None):  # fmt: skip
+                 batch_size: int = 1, options: LMConfig | None = None):  # fmt: skip
         self.train, self.valid, self.max_len, self.seed = train.tokens, valid.tokens, max_len, seed
+        self.documents = (train.documents, valid.documents) if options and options.document_mask else None
+        if self.documents and len(train.documents) < 2:
+            raise UserError("--document_mask: the text is one document; give more files, or a --separator of documents")
         self.checksum = f"{train.sha256}-{valid.sha256}"
         self.tokenizer, self.notes = tokenizer, []
         self.n = (len(self.train) - 1) // max_len
@@ -67,10 +78,18 @@ class LanguageModelling(NextToken):
     def batch(self, indices: np.ndarray) -> Batch:
         """The windows of these example numbers: tokens and targets (B, T)."""
         starts = shuffled(indices, self.n, self.seed) * self.max_len
-        rows = self.train[starts[:, None] + np.arange(self.max_len + 1)].astype(np.int64)  # (B, T + 1)
-        rows = torch.from_numpy(rows)
+        places = starts[:, None] + np.arange(self.max_len + 1)  # (B, T + 1)
+        rows = torch.from_numpy(self.train[places].astype(np.int64))
         size = rows.numel() - len(rows)
-        return Batch({"tokens": rows[:, :-1], "targets": rows[:, 1:]}, {"lm": size}, size)
+        inputs = {"tokens": rows[:, :-1], "targets": rows[:, 1:]}
+        return Batch(inputs | self.numbers(0, places[:, :-1]), {"lm": size}, size)
+
+    def numbers(self, split: int, places: np.ndarray) -> dict[str, Tensor]:
+        """The documents in which places (B, T) of the training text (0) or the other (1) lie, if that matters."""
+        if not self.documents:
+            return {}
+        numbers = np.searchsorted(self.documents[split], places.astype(np.uint64), "right")  # of one type: no copies
+        return {"documents": torch.from_numpy(numbers)}
 
     def validation(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
         """Every token of the validation text once (or of its first `limit` tokens), the last window too."""
@@ -83,6 +102,7 @@ class LanguageModelling(NextToken):
             inputs, targets = np.zeros(B * T, dtype=np.int64), np.full(B * T, IGNORE, dtype=np.int64)
             inputs[:n], targets[:n] = flat[:-1], flat[1:]
             pair = {"tokens": torch.from_numpy(inputs).view(B, T), "targets": torch.from_numpy(targets).view(B, T)}
+            pair |= self.numbers(1, start + np.arange(B * T).reshape(B, T))
             yield Batch(pair, {"lm": n}, n, n_bytes=int(self.tokenizer.byte_lengths[flat[1:]].sum()))
 
     def sample(self, model: Model) -> str:

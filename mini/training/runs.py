@@ -82,11 +82,11 @@ def read_config(folder: str | Path) -> RunConfig:
     config = from_dict(RunConfig, values, path)
     if config.kind not in MODELS or config.task not in TASKS:
         raise UserError(f"{path}: a run of kind {config.kind!r} and task {config.task!r}, which mini does not know")
-    if config.task_options is not None:
-        own = TASKS[config.task].Config
-        if own is None:
-            raise UserError(f"{path}: task_options, which {config.task!r} has not")
-        config.task_options = from_dict(own, config.task_options, f"{path}: task_options")
+    own, given = TASKS[config.task].Config, config.task_options
+    if given is not None and own is None:
+        raise UserError(f"{path}: task_options, which {config.task!r} has not")
+    if own:  # none are those of before the task had any
+        config.task_options = from_dict(own, {} if given is None else given, f"{path}: task_options")
     return config
 
 

@@ -77,6 +77,19 @@ def test_published_weights_give_the_published_outputs():
     assert not model.training and tokenizer.kind == "wordpiece" and tokenizer.lowercase
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(n_global=25, window=4), "--n_global 25: more than --max_len 24"),
+        (dict(n_global=1), "without --window every token sees all"),
+        (dict(embed_norm=True), "--embed_norm: with --norm_place post"),
+    ],
+)
+def test_settings_that_say_nothing(settings, message):
+    with pytest.raises(UserError, match=message):
+        make(**SMALL | settings)
+
+
 def test_modernbert_gives_its_published_outputs():
     """tests/fixtures/modernbert: random weights and outputs of Hugging Face's ModernBertForMaskedLM 5.23."""
     folder = FIXTURE.with_name("modernbert")

@@ -99,6 +99,15 @@ def test_cache_gives_the_same_tokens(name):
     assert torch.equal(with_cache, plain)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "modern", "windows", "sinusoidal"])
+def test_packed_documents_are_as_each_alone(name):
+    model, a, b = build(**VARIANTS[name]), random_tokens(1, 9), random_tokens(1, 8) + 1
+    documents = torch.tensor([[3] * 9 + [4] * 8])
+    packed = model.answer({"tokens": torch.cat([a, b], dim=1), "documents": documents})
+    torch.testing.assert_close(packed, torch.cat([model(a), model(b)], dim=1))
+    assert not torch.allclose(packed[:, 9:], model(torch.cat([a, b], dim=1))[:, 9:])
+
+
 @pytest.mark.parametrize("prompt", [1, 2, 9, 30])
 def test_with_windows_alone_a_text_has_no_end(prompt):
     """And its cache no more slots than a query sees: max_len is 24, the windows 3 and 5."""

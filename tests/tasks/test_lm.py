@@ -6,7 +6,7 @@ import torch
 
 from mini.errors import UserError
 from mini.tasks.base import IGNORE
-from mini.tasks.lm import LanguageModelling
+from mini.tasks.lm import LanguageModelling, LMConfig
 from mini.tasks.order import permute, shuffled
 from mini.text.corpus import DataConfig
 from mini.text.tokenizer_base import ByteTokenizer
@@ -68,6 +68,19 @@ def test_a_batch_does_not_depend_on_who_draws_it():
     whole = data.batch(np.arange(40, 48)).inputs["tokens"]
     parts = [data.batch(np.arange(start, start + 2)).inputs["tokens"] for start in range(40, 48, 2)]
     assert torch.equal(whole, torch.cat(parts))
+
+
+def test_documents_of_a_window():
+    starts = np.array([0, 13, 20], dtype=np.uint64)
+    file = TokenFile(np.arange(41).astype(np.uint16), starts, starts, 41, "")
+    data = LanguageModelling(file, file, TOKENIZER, max_len=10, seed=0, options=LMConfig(document_mask=True))
+    batch = data.batch(np.arange(4)).inputs  # a token's number is its place
+    expected = 1 + (batch["tokens"] >= 13).long() + (batch["tokens"] >= 20).long()
+    assert torch.equal(batch["documents"], expected)
+    (valid,) = data.validation(batch_size=5)
+    assert valid.inputs["documents"].flatten()[:41].tolist() == [1] * 13 + [2] * 7 + [3] * 20
+    with pytest.raises(UserError, match="--document_mask: the text is one document"):
+        LanguageModelling(token_file(100), file, TOKENIZER, 10, 0, options=LMConfig(document_mask=True))
 
 
 @pytest.mark.parametrize("n", [2, 11, 50, 53])
