@@ -38,6 +38,17 @@ BERT_PRESETS: dict[str, dict] = {
     "bert-base": dict(BERT, n_layers=12, n_heads=12, d_model=768),
     "bert-large": dict(BERT, n_layers=24, n_heads=16, d_model=1024),
 }  # fmt: skip
+# ModernBERT's shape (Warner et al. 2024, table 4, and §2): two layers of three look at 64 tokens to each side.
+MODERN_ENCODER = dict(causal=False, positions="rope", rope_base=[160_000.0, 10_000.0, 10_000.0], window=[0, 64, 64],
+                      activation="geglu", embed_norm=True, bias=False, nsp=False, mask_rate=0.3)  # fmt: skip
+BERT_PRESETS |= {
+    "modernbert-laptop": dict(MODERN_ENCODER, n_layers=4, n_heads=3, d_model=192, max_len=512, vocab_size=2048,
+                              optimizer="muon", lr=0.005, embed_lr=0.005, head_lr=0.0025, turns=2, batch_size=4,
+                              steps=600, eval_every=300, sample_every=300, checkpoint_every=150),
+    "modernbert-base": dict(MODERN_ENCODER, n_layers=22, n_heads=12, d_model=768, d_ff=1152, max_len=8192,
+                            vocab_size=50368, optimizer="adamw", lr=8e-4, beta2=0.98, weight_decay=1e-5, batch_size=448,
+                            steps=100_000, eval_every=1000, checkpoint_every=1000),
+}  # fmt: skip
 PRESETS = BERT_PRESETS | GPT_PRESETS
 
 

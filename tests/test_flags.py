@@ -78,7 +78,7 @@ def test_help_lists_every_flag_with_its_default(capsys):
 @pytest.mark.parametrize("presets", [GPT_PRESETS, BERT_PRESETS])
 def test_presets_set_fields_that_exist(presets):
     for name, preset in presets.items():
-        unknown = set(preset) - set().union(*map(field_names, CLASSES))
+        unknown = set(preset) - set().union(*map(field_names, (*CLASSES, MLMConfig)))
         assert not unknown, name
         (_, model, *_), _ = parse("--preset", name, presets=presets)
         assert model.causal == (presets is GPT_PRESETS)

@@ -90,6 +90,8 @@ class ModelConfig(Checked):
 
     def of_layers(self, keep: Sequence[int]) -> "ModelConfig":
         """The config of a model with only these layers: of each list their values."""
+        if self.embed_norm and 0 not in keep:
+            raise UserError("--embed_norm: the first layer has no norm before it, and cannot go")
         lists = {name: [value[i] for i in keep] for name, value in vars(self).items() if isinstance(value, list)}
         return replace(self, n_layers=len(keep), **lists)
 

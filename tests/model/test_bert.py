@@ -231,7 +231,13 @@ def test_presets_have_the_published_sizes(preset, parameters):
     assert set(BERT_PRESETS) == {
         "bert-laptop",
         *(f"bert-{s}" for s in ["tiny", "mini", "small", "medium", "base", "large"]),
+        "modernbert-laptop",
+        "modernbert-base",
     }
+    modern = model_preset("modernbert-base")
+    modern.mlm = True
+    with torch.device("meta"):  # as many as Hugging Face's ModernBertForMaskedLM has with its default config
+        assert Bert(modern).num_params() == 149_655_232
 
 
 # ---------------------------------------------------------------- what it computes
