@@ -68,7 +68,7 @@ def test_who_sees_whom():
     assert packed == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
-@pytest.mark.parametrize("T, window, n_global", [*itertools.product((64, 200, 257), (2, 40, 64), (0, 1, 5))])
+@pytest.mark.parametrize("T, window, n_global", [*itertools.product((64, 257), (2, 70), (0, 5))])
 @pytest.mark.parametrize("causal, packed, ragged", [*itertools.product((False, True), repeat=3)])
 def test_near_by_is_the_same_mask(T, window, n_global, causal, packed, ragged):
     """In blocks, forward and backward, as written out; padding, whose output nobody uses, aside."""
