@@ -111,6 +111,8 @@ def seeds(gpt, text_file, labelled, command, tmp_path_factory) -> dict:
               ("config.json", "model.safetensors")}  # fmt: skip
     found |= {f"bert {name}": (ROOT / "fixtures" / "bert", name, Bert.from_published) for name in
               ("config.json", "model.safetensors")}  # fmt: skip
+    found |= {f"modernbert {name}": (ROOT / "fixtures" / "modernbert", name, Bert.from_published) for name in
+              ("config.json", "model.safetensors")}  # fmt: skip
     found |= {"bin": (bin, "pytorch_model.bin", GPT.from_published)}
     for kind in ("gpt2", "bert"):
         for file in ("vocab.json", "vocab.txt", "tokenizer.json"):

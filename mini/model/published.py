@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mini.flags import UserError, field_names, from_dict, of_type
+from mini.flags import Checked, UserError, field_names, from_dict, of_type, option
 from mini.model.config import ModelConfig
 from mini.storage import read_json
 from mini.tensors import DTYPE_NAMES, load_tensors
@@ -67,11 +67,11 @@ def read_settings(folder: str | Path, kind: str, mark: str, names: dict, **ours)
 
 
 @dataclasses.dataclass
-class NearBy:
+class NearBy(Checked):
     """How ModernBERT's layers look near by, as its files give it."""
 
-    global_attn_every_n_layers: int = 3
-    local_attention: int = 128  # to both sides together
+    global_attn_every_n_layers: int = option(3, "the others look near by", low=1, high=1000)
+    local_attention: int = option(128, "tokens to both sides together", low=4)
     global_rope_theta: float = 160000.0
     local_rope_theta: float = 10000.0
 
