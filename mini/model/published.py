@@ -72,8 +72,8 @@ class NearBy(Checked):
 
     global_attn_every_n_layers: int = option(3, "the others look near by", low=1, high=1000)
     local_attention: int = option(128, "tokens to both sides together", low=4)
-    global_rope_theta: float = 160000.0
-    local_rope_theta: float = 10000.0
+    global_rope_theta: float = option(160000.0, "base of RoPE in layers that see all", low=1)
+    local_rope_theta: float = option(10000.0, "and in the others", low=1)
 
 
 def gpt2_config(folder: str | Path) -> ModelConfig:
