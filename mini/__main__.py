@@ -32,7 +32,7 @@ from mini.text.tokens import is_token_folder, open_tokens, ready_tokenizer, sour
 from mini.text.words import NORMALIZATIONS, normalize, parse_steps
 from mini.training.checkpoints import read_result
 from mini.training.devices import can_compile, pick_device, progress_bar
-from mini.training.runs import begins, check_output, is_published, load_run, read_config, read_labels
+from mini.training.runs import check_output, is_published, load_run, read_config, read_labels
 
 TABLES = (".tsv", ".csv", ".jsonl")
 LABELS = "label\tprobability\ttext"  # the first line of what classify writes
@@ -112,7 +112,7 @@ class ClassifyOptions(RunOptions):
 def classify(argv: list[str]) -> None:
     (options,), _ = parse_flags(argv, [ClassifyOptions], ClassifyOptions.__doc__)
     if options.out:
-        check_output(Path(options.out), lambda path: begins(path, f"{LABELS}\n".encode()), options.texts)
+        check_output(Path(options.out), is_table, options.texts)
     model, tokenizer = load_run(options.run, pick_device(options.device))
     if not model.config.n_classes:
         raise UserError(f"{options.run} is not a classifier: train_{model.kind}.py --task classify makes one of it")
@@ -132,6 +132,13 @@ def classify(argv: list[str]) -> None:
         print(f"{len(rows):,} labels are in {options.out}")
     else:
         print("\n".join(lines))
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is of the kind that classify writes."""
+    mark = f"{LABELS}\n".encode()
+    with open(path, "rb") as file:
+        return file.read(len(mark)) == mark
 
 
 def read_texts(given: list[str]) -> list[list[str]]:

@@ -31,6 +31,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def option(default, help: str, choices: tuple = (), low: float = -math.inf, high: float | None = None, **extra):
     """A dataclass field with its line of --help, and what it may be: one of the choices, or within low..high.
 
+    high: None is what LARGEST says of its type.
     extra: flag=False is no flag; positional="1" or "+" has no --name; resume=True may differ when a run goes on;
     fixed=True is settled by a run for all that start from it; head=True asks for a head of the model.
     """
@@ -262,9 +263,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             raise
         what = (str(error).splitlines() or ["MemoryError"])[0]
         message, status = f"error: not enough memory here ({what}): give smaller sizes", 2
-    message = "".join(
-        c if c.isprintable() else repr(c)[1:-1] for c in message
-    )  # also where a file's own words are in it
+    # One line, whatever a file that it quotes has in it.
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     if first_to_say(message):
         print(message, file=sys.stderr)
     raise SystemExit(status)

@@ -61,7 +61,8 @@ def running(process: int, start: str) -> bool:
     if process == os.getpid():
         return start == START
     try:
-        os.kill(process, 0) if os.name == "posix" else None
+        if os.name == "posix":
+            os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # somebody else's

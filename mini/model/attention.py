@@ -64,7 +64,7 @@ class View:
         if (T, S) not in self.masks:
             if self.places is not None:  # slot j of S holds the newest token whose place is j modulo S
                 s = self.places - (self.places - torch.arange(S, device=device)) % S  # (B, S); below 0: nothing yet
-                found = self.sees(self.places, s, S)[0][:, None]
+                found = self.sees(self.places, s, S)[0][:, None]  # (B, 1, S) -> (B, 1, 1, S)
             elif self.causal or self.documents is not None or self.is_local(T):
                 found = self.sees(torch.arange(T, device=device), torch.arange(S, device=device), S)[:, None]
             else:  # nobody looks at padding

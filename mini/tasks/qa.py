@@ -276,6 +276,7 @@ def best_spans(start: Tensor, end: Tensor, context: Tensor, n_best: int, max_ans
     of no answer, which is that of [CLS], then for each span its score, first and last token, with
     first <= last < first + max_answer. Where a window has fewer spans, their score is NEVER.
     """
+    # An infinity would outweigh NEVER, and a place outside of the context be chosen.
     start, end = (logits.float().nan_to_num().clamp(NEVER / 10, -NEVER / 10) for logits in (start, end))
     null = start[:, :1] + end[:, :1]  # (B, 1)
     reach = min(max_answer, start.size(1))

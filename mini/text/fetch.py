@@ -24,7 +24,7 @@ from mini.storage import atomic_file, locked
 ATTEMPTS = 20  # times a transfer that broke off is taken up again, as long as each brings more of it
 TIMEOUT = 30  # seconds without a byte
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, ssl.SSLError, TimeoutError,
-                  ValueError)  # fmt: skip
+                  ValueError)  # fmt: skip  # ValueError: sent on to what is no address
 BAD_ARCHIVE = (OSError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error, lzma.LZMAError,
                zipfile.BadZipFile)  # fmt: skip
 

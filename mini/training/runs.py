@@ -229,10 +229,10 @@ def make_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, overwrite
             how = "Give the same flags to go on, another --out, or --overwrite true"
             raise UserError(f"{folder} holds another run: {'; '.join(differences)}. {how}")
     elif folder.exists():  # perhaps a link or a mounted disk: filled, not replaced; config.json last
-        strange = [path.name for path in folder.iterdir() if not re.fullmatch(BEGUN + r"|\..*\.tmp", path.name)]
+        names = [path.name for path in folder.iterdir()]
         if is_run:
             discard(folder, config)
-        elif strange:
+        elif strange := [name for name in names if not re.fullmatch(BEGUN + r"|\..*\.tmp", name)]:
             raise UserError(f"{folder}: not a run folder (there is {strange[0]!r}, and no config.json): name another")
         tokenizer.save(folder)
         config.save(folder)
@@ -270,11 +270,6 @@ def check_output(out: Path, mine: Callable[[Path], bool] | None = None, read: It
     if out.exists() and not (mine and mine(out)):
         what = " and is not what this command writes" if mine else ""
         raise UserError(f"--out {out}: exists already{what}; name another, or delete it")
-
-
-def begins(path: Path, mark: bytes) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(mark)) == mark
 
 
 def compare(old: RunConfig, new: RunConfig) -> list[str]:

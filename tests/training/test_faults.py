@@ -17,7 +17,7 @@ from mini.__main__ import main
 from mini.flags import UserError, first_to_say, run_command
 from mini.tensors import load_tensors, save_tensors
 from mini.text.corpus import DataConfig
-from mini.text.tokens import prepare_tokens
+from mini.text.tokens import open_tokens, prepare_tokens
 from mini.training import checkpoints
 from mini.training.devices import World
 from mini.training.speed import Speedometer
@@ -211,7 +211,7 @@ def test_a_checkpoint_of_another_run_is_passed_over(text_file, tmp_path, command
     assert (tmp_path / "1" / "model.safetensors").read_bytes() == expected
 
 
-def test_tokens_are_those_that_were_written(text_file, tmp_path, command):
+def test_tokens_are_those_that_were_written(text_file, tmp_path, command, cache, monkeypatch):
     made = ["-m", "mini", "tokens", text_file, "--tokenizer", "bytes", "--out"]
     use = ["train_gpt.py", *TINY[2:], "--steps", 2, "--out", tmp_path / "run", "--data"]
     for name in ("a", "b"):
@@ -219,6 +219,10 @@ def test_tokens_are_those_that_were_written(text_file, tmp_path, command):
     tokens = np.memmap(tmp_path / "a" / "train.tokens", np.uint16, "r+")
     tokens[5] += 1
     tokens.flush()
+    with monkeypatch.context() as unchecked:  # opens it this once, and does not make it good
+        unchecked.setenv("MINI_UNCHECKED", "1")
+        unchecked.setenv("MINI_CACHE", str(cache))  # as the commands have it
+        assert open_tokens(tmp_path / "a")
     refused(command(*use, tmp_path / "a", status=2), "train.tokens", "damaged")
     command("-m", "mini", "tokens", text_file, "--vocab_size", 300, "--out", tmp_path / "bpe")
     for name in ("tokenizer.json", "tokenizer.tiktoken"):
