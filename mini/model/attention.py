@@ -54,9 +54,15 @@ class View:
     def is_local(self, T: int) -> bool:
         return 0 < self.window < T - 1
 
+    @property
+    def neighbours(self) -> tuple[int, int]:
+        """How many blocks before a query's own, and behind it, have keys in its window."""
+        n = -(-self.window // BLOCK)
+        return n, 0 if self.causal else n
+
     def pays_in_blocks(self, T: int, S: int) -> bool:
         """Whether a block's queries are held against so few keys that it is worth the copies (docs/log.md)."""
-        near = BLOCK + self.window * (1 if self.causal else 2) + self.n_global
+        near = (1 + sum(self.neighbours)) * BLOCK + self.n_global
         return T == S and self.is_local(T) and 2 * near <= T
 
     def mask(self, T: int, S: int, device: torch.device) -> Tensor | None:
@@ -92,7 +98,7 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float
 
 
 def written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, H, T, S)
     if mask is not None:  # added, not filled in: 0 where allowed, -inf elsewhere, and a cheaper backward pass
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
     weights = drop(scores.softmax(dim=-1), dropout)  # (B, H, T, S), rows sum to 1
@@ -125,22 +131,26 @@ ATTENTION = {"reference": attend_reference, "fused": attend_fused, "auto": atten
 
 # ---------------------------------------------------------------- near by
 def attend_local(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
-    """Blocks of W queries, each against the keys at most `window` away from it, and the global ones.
+    """Blocks of W queries, each against the blocks of keys that its window reaches, and the global ones.
 
-    No tensor is as large as (T, T): cost and memory grow as T (W + 2 window + n_global).
+    No tensor is as large as (T, T): cost and memory grow as T (window + n_global).
     """
     B, H, T, D = q.shape
-    W, before, g = BLOCK, view.window, min(view.n_global, T)
-    after = 0 if view.causal else view.window
-    N = -(-T // W)
+    W, g, (before, after) = BLOCK, min(view.n_global, T), view.neighbours
+    N, S = -(-T // W), (before + 1 + after) * W
     places = torch.arange(N * W, device=q.device).view(N, W)
-    near = places[:, :1] - before + torch.arange(before + W + after, device=q.device)  # (N, S)
+    near = places[:, :1] - before * W + torch.arange(S, device=q.device)  # (N, S)
     mask = view.sees(places, near, T)  # (1 or B, N, W, S)
+    n = before + N + after  # blocks of a row and head, those of padding at both ends included
+    row, block = torch.arange(B * H, device=q.device), torch.arange(n, device=q.device)
+    looked_at = row.view(B, 1, H, 1) * n + block[:N, None, None] + block[: S // W]  # (B, N, H, S / W): their numbers
 
     def blocks(x: Tensor) -> Tensor:
         """(B, H, T, D) -> (B, N, H, S, D): for each block the keys that it is held against, the global ones first."""
-        padded = F.pad(x, (0, 0, before, N * W - T + after))
-        found = padded.unfold(2, near.size(1), W).permute(0, 2, 1, 4, 3)  # (B, N, H, S, D)
+        table = F.pad(x, (0, 0, before * W, (N + after) * W - T)).view(B * H * n, W * D)
+        found = F.embedding(looked_at, table).view(
+            B, N, H, S, D
+        )  # its backward pass adds up whole blocks, which is fast
         return torch.cat([x[:, None, :, :g].expand(B, N, H, g, D), found], dim=3) if g else found
 
     first = torch.arange(g, device=q.device)
