@@ -148,9 +148,7 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) ->
     def blocks(x: Tensor) -> Tensor:
         """(B, H, T, D) -> (B, N, H, S, D): for each block the keys that it is held against, the global ones first."""
         table = F.pad(x, (0, 0, before * W, (N + after) * W - T)).view(B * H * n, W * D)
-        found = F.embedding(looked_at, table).view(
-            B, N, H, S, D
-        )  # its backward pass adds up whole blocks, which is fast
+        found = F.embedding(looked_at, table).view(B, N, H, S, D)  # backward: whole blocks added up
         return torch.cat([x[:, None, :, :g].expand(B, N, H, g, D), found], dim=3) if g else found
 
     first = torch.arange(g, device=q.device)
