@@ -22,7 +22,7 @@ from mini.presets import BERT
 from mini.storage import atomic_file, write_text
 from mini.tasks import qa
 from mini.tasks.classify import ClassifyConfig
-from mini.tasks.inputs import cut_note, masked_ids, pad, pad_texts, text_ids
+from mini.tasks.inputs import masked_ids, pad, pad_texts, text_cuts, text_ids
 from mini.tasks.masked import show_token
 from mini.tensors import all_finite
 from mini.text.corpus import DataConfig
@@ -172,7 +172,7 @@ def warn(notes: list[str]) -> None:
 def for_all(texts: list, where: str, compute: Callable, model: Model, tokenizer: Tokenizer, batch_size: int) -> Tensor:
     """(texts, ..): compute(tokens, segments, lengths) of all encoded texts or pairs; a note tells what max_len cuts."""
     max_len, device = model.config.max_len, next(model.parameters()).device
-    warn(cut_note(where, [sum(map(len, row)) for row in texts], len(texts[0]), max_len))
+    warn(text_cuts(where, [sum(map(len, row)) for row in texts], len(texts[0]), max_len)[1])
     encoded = [text_ids(tokenizer, max_len, *row) for row in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i][0]))  # alike lengths: less padding
     outputs = []
@@ -223,7 +223,7 @@ def fill(argv: list[str]) -> None:
         if len(masks) < max(1, text.count("[MASK]")):
             missing = "is cut off by max_len" if "[MASK]" in text else "is missing"
             raise UserError(f"{text[:60]!r}: [MASK] {missing}; it marks what is to be filled in")
-        warn(cut_note(repr(text[:40]), [len(whole)], 1, model.config.max_len))
+        warn(text_cuts(repr(text[:40]), [len(whole)], 1, model.config.max_len)[1])
         inputs = dict(tokens=[ids], lengths=[len(ids)], positions=[masks])
         mlm, _ = model.predict(**{name: torch.tensor(value, device=device) for name, value in inputs.items()})
         shares = numbers(mlm[0], options.run).softmax(dim=-1)  # (M, V)
@@ -255,10 +255,10 @@ def answer(argv: list[str]) -> None:
     for name in ("question", "context"):
         if not getattr(options, name).strip():
             raise UserError(f"--{name}: it is empty")
-    settings, notes = task_options(options.run, qa.QAConfig), []
+    settings = task_options(options.run, qa.QAConfig)
     question = qa.Question("", options.question, options.context, [], [])
-    windows = qa.cut_windows([question], tokenizer, model.config.max_len, settings, notes)
-    warn(notes)
+    windows, cut = qa.cut_windows([question], tokenizer, model.config.max_len, settings)
+    warn(qa.questions_note(repr(options.question[:40]), cut))
     spans = []
     for chunk in progress(windows, 32):
         inputs = qa.collate(chunk, tokenizer).to(device).inputs

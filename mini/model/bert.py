@@ -45,9 +45,10 @@ class Bert(Model):
         """
         return self.stack(tokens, real=real, segments=segments)
 
-    def encode(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None) -> Tensor:
-        """The same for rows that are padded at the right to lengths (B,)."""
-        return self(tokens, segments, real_tokens(tokens, lengths))
+    def encode(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None,
+               documents: Tensor | None = None) -> Tensor:  # fmt: skip
+        """The same for rows that are padded at the right to lengths (B,); documents (B, T): see View."""
+        return self.stack(tokens, real=real_tokens(tokens, lengths), segments=segments, documents=documents)
 
     def pool(self, hidden: Tensor, real: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, C): tanh(W h + b), h the state of the first token, [CLS], or the mean of all real ones."""
@@ -71,15 +72,16 @@ class Bert(Model):
             return {"qa": logits.masked_fill(~real_tokens(tokens, lengths)[:, None], NEVER)}
         if self.mlm is None:
             return {"hidden": self.encode(tokens, lengths, segments)}
-        mlm, nsp = self.predict(tokens, lengths, inputs["positions"], segments)
+        mlm, nsp = self.predict(tokens, lengths, inputs["positions"], segments, inputs.get("documents"))
         return {"mlm": mlm} if nsp is None else {"mlm": mlm, "nsp": nsp}
 
-    def predict(self, tokens: Tensor, lengths: Tensor, positions: Tensor, segments: Tensor | None = None):
+    def predict(self, tokens: Tensor, lengths: Tensor, positions: Tensor, segments: Tensor | None = None,
+                documents: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Logits (B, M, V) of the tokens at positions (B, M), and of the next sentence (B, 2): follows, is random.
 
         Only the M masked ones meet the vocabulary: at 15 % of the tokens, an all but free head.
         """
-        hidden = self.encode(tokens, lengths, segments)  # (B, T, C)
+        hidden = self.encode(tokens, lengths, segments, documents)  # (B, T, C)
         masked = at_positions(hidden, positions)  # (B, M, C)
         pooled = self.pool(hidden, real_tokens(tokens, lengths)) if self.nsp is not None else None
         return self.vocabulary(self.mlm(masked)), self.nsp(pooled) if self.nsp is not None else None

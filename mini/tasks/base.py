@@ -40,6 +40,7 @@ class Task:
 
     A task has, beside what follows,
         n, checksum, notes          the number of training examples; of all examples; what a person should know of them
+        cut                         {"train" or "valid": what max_len takes from its texts, as inputs.cuts() tells it}
         batch(indices)              the training examples of these numbers, a function of (seed, indices)
         validation(batch_size, limit)   all validation examples, always the same; of text the first `limit` tokens
         losses(answers, inputs)     {name: summed loss} of a model's answers: all of these are trained
@@ -64,6 +65,7 @@ class Task:
     fixed_shape = False  # whether every batch has the same shape, and next to no padding
     predicted = 1.0  # the share of the tokens that meet the vocabulary
     labels: tuple[str, ...] | list[str] = ()  # of a classifier
+    cut: ClassVar[dict[str, dict[str, int]]] = {}  # nothing, where running text is tiled
 
     @classmethod
     def published_options(cls, config: ModelConfig, folder: str):

@@ -14,7 +14,7 @@ from mini.flags import Checked, UserError, nearest, option
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.base import Batch, FileTask
-from mini.tasks.inputs import cut_note, masked_ids, pad_texts, text_ids
+from mini.tasks.inputs import masked_ids, pad_texts, text_cuts, text_ids
 from mini.tasks.metrics import classification_report, confusion_matrix
 from mini.tasks.order import mix, uniform
 from mini.text.rows import column_texts, read_rows, rows_checksum, text_columns
@@ -63,7 +63,8 @@ class Classification(FileTask):
             raise UserError(f"{train}: only one label, {self.labels[0]!r}: a classifier needs at least two")
         if once := [label for label in self.labels if found[label] == 1]:
             self.notes.append(f"{train}: {len(once)} of {len(found)} labels occur only once (such as {once[0]!r})")
-        self.train, self.valid = self.encode(rows, train), self.encode(valid_rows, valid)
+        self.cut = {}
+        self.train, self.valid = self.encode(rows, train, "train"), self.encode(valid_rows, valid, "valid")
         self.group(seed, batch_size)
         self.augmentable = [self.read_texts(row) for _, row in rows] if self.operations else []
         self.words = [word for texts in self.augmentable for text in texts for word in text.split()]
@@ -122,7 +123,7 @@ class Classification(FileTask):
     def read_texts(self, row: dict) -> list[str]:
         return [normalize(row[name], self.steps) for name in ("text", "text_b") if name in row]
 
-    def encode(self, rows: list[tuple[str, dict]], path: str) -> list[tuple[list[int], list[int], int]]:
+    def encode(self, rows: list[tuple[str, dict]], path: str, split: str) -> list[tuple[list[int], list[int], int]]:
         """(ids, segments, number of the label) of each row."""
         numbers = {label: i for i, label in enumerate(self.labels)}
         encoded, empty, lengths = [], [], []
@@ -140,7 +141,8 @@ class Classification(FileTask):
             encoded.append((*text_ids(self.tokenizer, self.max_len, *texts), numbers[row["label"]]))
         if empty:
             self.notes.append(f"{path}: {len(empty)} of {len(rows)} texts are empty (the first: {empty[0]})")
-        self.notes += cut_note(path, lengths, 1 + ("text_b" in rows[0][1]), self.max_len)
+        self.cut[split], notes = text_cuts(path, lengths, 1 + ("text_b" in rows[0][1]), self.max_len)
+        self.notes += notes
         return encoded
 
     def batch(self, indices: np.ndarray) -> Batch:

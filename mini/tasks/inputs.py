@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mini.errors import UserError
 from mini.text.tokenizer import Tokenizer
+from mini.text.tokens import TokenFile
 
 
 def text_ids(tokenizer: Tokenizer, max_len: int, *texts: list[int]) -> tuple[list[int], list[int]]:
@@ -54,15 +55,38 @@ def pad_texts(rows: list[tuple[list[int], list[int]]], tokenizer: Tokenizer) -> 
     }
 
 
+def check_documents(text: TokenFile) -> None:
+    """Raises UserError for a text that has no borders of documents to mask."""
+    if len(text.documents) < 2:
+        raise UserError("--document_mask: the text is one document; give more files, or a --separator of documents")
+
+
+def document_numbers(starts: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Of which document, by where each starts in a text, the tokens at places are; as places."""
+    return np.searchsorted(starts, places.astype(np.uint64), "right")  # of one type: else numpy copies starts
+
+
 def text_room(max_len: int, n_texts: int) -> int:
     """The tokens of text that stay beside what marks n_texts texts."""
     return max_len - n_texts - 1
 
 
-def cut_note(where: str, lengths: list[int], n_texts: int, max_len: int) -> list[str]:
-    """A line about texts (or pairs) of these lengths in tokens that max_len cuts; none if it cuts none."""
-    room = text_room(max_len, n_texts)
-    if not (cut := [length for length in lengths if length > room]):
+def cuts(lengths: list[int], rooms: list[int]) -> dict[str, int]:
+    """What texts of these lengths in tokens lose where each has so much room."""
+    lost = [max(0, length - room) for length, room in zip(lengths, rooms, strict=True)]
+    return {"texts": len(lengths), "cut": sum(map(bool, lost)), "tokens": sum(lengths), "lost": sum(lost)}
+
+
+def cut_note(where: str, what: str, cut: dict[str, int]) -> list[str]:
+    """A line about what is cut, such as "texts are cut to 510 tokens"; none if nothing is."""
+    if not cut["cut"]:
         return []
-    longest = f"the longest has {max(cut):,} tokens"
-    return [f"{where}: {len(cut):,} of {len(lengths):,} texts are cut to {room} tokens ({longest})"]
+    share = f"{cut['lost']:,} of all {cut['tokens']:,} tokens are not read ({cut['lost'] / cut['tokens']:.1%})"
+    return [f"{where}: {cut['cut']:,} of {cut['texts']:,} {what}; {share}"]
+
+
+def text_cuts(where: str, lengths: list[int], n_texts: int, max_len: int) -> tuple[dict[str, int], list[str]]:
+    """What max_len takes from texts, or pairs (n_texts 2), of these lengths; and the line about it."""
+    room = text_room(max_len, n_texts)
+    cut = cuts(lengths, [room] * len(lengths))
+    return cut, cut_note(where, f"texts are cut to {room} tokens", cut)

@@ -13,6 +13,7 @@ from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, Task
+from mini.tasks.inputs import check_documents, document_numbers
 from mini.tasks.metrics import bits_per_byte
 from mini.tasks.order import shuffled
 from mini.text.tokenizer import Tokenizer
@@ -60,8 +61,8 @@ class LanguageModelling(NextToken):
                  batch_size: int = 1, options: LMConfig | None = None):  # fmt: skip
         self.train, self.valid, self.max_len, self.seed = train.tokens, valid.tokens, max_len, seed
         self.documents = (train.documents, valid.documents) if options and options.document_mask else None
-        if self.documents and len(train.documents) < 2:
-            raise UserError("--document_mask: the text is one document; give more files, or a --separator of documents")
+        if self.documents:
+            check_documents(train)
         self.checksum = f"{train.sha256}-{valid.sha256}"
         self.tokenizer, self.notes = tokenizer, []
         self.n = (len(self.train) - 1) // max_len
@@ -88,8 +89,7 @@ class LanguageModelling(NextToken):
         """The documents in which places (B, T) of the training text (0) or the other (1) lie, if that matters."""
         if not self.documents:
             return {}
-        numbers = np.searchsorted(self.documents[split], places.astype(np.uint64), "right")  # of one type: no copies
-        return {"documents": torch.from_numpy(numbers)}
+        return {"documents": torch.from_numpy(document_numbers(self.documents[split], places))}
 
     def validation(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
         """Every token of the validation text once (or of its first `limit` tokens), the last window too."""

@@ -13,6 +13,7 @@ from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, Task
+from mini.tasks.inputs import check_documents, document_numbers
 from mini.tasks.order import mix, shuffled, uniform
 from mini.text.tokenizer import Tokenizer
 from mini.text.tokens import TokenFile
@@ -28,6 +29,7 @@ class MLMConfig(Checked):
     mask_rate: float = option(0.15, "share of tokens to predict in training (validation: 0.15)", low=0.001, high=0.9)
     whole_word: bool = option(False, "mask words as a whole; one that would exceed mask_rate is left out")
     short_rate: float = option(0.1, "share of the examples that are cut to a random shorter length", low=0, high=1)
+    document_mask: bool = option(False, "examples run on into the next documents, which see nothing of each other")
 
 
 class MaskedLanguageModelling(Task):
@@ -35,7 +37,8 @@ class MaskedLanguageModelling(Task):
 
     A and B are whole sentences, as many as fill max_len; then the longer one is cut. In half of the examples B follows
     A, else it comes from another document. Without nsp there is only A, as long as fits (Liu et al. 2019, "RoBERTa",
-    §4.2). The text's windows of max_len tokens tell where examples begin; every epoch moves them and masks anew.
+    §4.2), and with document_mask it runs on into the next documents. The text's windows of max_len tokens tell where
+    examples begin; every epoch moves them and masks anew.
     A loss that has not left the "unigram plateau", that of guessing by frequency, has learnt nothing from context.
     """
 
@@ -59,6 +62,10 @@ class MaskedLanguageModelling(Task):
                     f"the {name} text is one document, so there is no other to draw a wrong next sentence from: give "
                     "more files, say what ends a document with --separator (an empty line: '\\n\\n'), or --nsp false"
                 )
+        if options.document_mask:
+            if options.nsp:
+                raise UserError("--document_mask packs documents into one example: that needs --nsp false")
+            check_documents(train)
         self.n = max(1, len(self.train.tokens) // self.room)
         self.predicted = self.most(options.mask_rate) / max_len
         self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special.values()))
@@ -156,6 +163,7 @@ class MaskedLanguageModelling(Task):
             a, b = fit(middle - begin, b_end - b_begin, size)  # (B,) tokens of each segment
             a_begin = middle - a  # A loses its beginning and B its end, so what meets stays together
         else:
+            end = np.where(options.document_mask, len(text.tokens), end)
             a, b = np.minimum(end - begin, size), np.zeros(B, dtype=np.int64)
             a_begin, b_begin = begin, begin
 
@@ -171,8 +179,12 @@ class MaskedLanguageModelling(Task):
         tokens[:, 0] = self.tokenizer.cls
         segments = ((column >= b_start) & (column < lengths[:, None])).astype(np.int64)
 
-        positions, targets = self.mask(tokens, in_a | in_b, indices, seed, rate)
+        allowed = (in_a | in_b) & (tokens != (-1 if self.tokenizer.eot is None else self.tokenizer.eot))
+        positions, targets = self.mask(tokens, allowed, indices, seed, rate)
         inputs = dict(tokens=tokens, segments=segments, lengths=lengths, positions=positions, targets=targets)
+        if options.document_mask:  # [CLS] belongs to the first one, [SEP] to the last
+            places = a_begin[:, None] + np.clip(column - 1, 0, a[:, None] - 1)
+            inputs["documents"] = document_numbers(text.documents, places)
         counts = {"mlm": int((targets != IGNORE).sum())}
         if options.nsp:
             inputs["unrelated"] = unrelated.astype(np.int64)
@@ -255,7 +267,7 @@ class Sentences:
     """Where sentences and documents begin in a token file; all questions are answered for B places at once."""
 
     def __init__(self, file: TokenFile, tokenizer: Tokenizer):
-        self.tokens, self.starts = file.tokens, file.sentences
+        self.tokens, self.starts, self.documents = file.tokens, file.sentences, file.documents
         # (n_documents + 1,) the number of each document's first sentence, and of all sentences
         self.first = np.append(np.searchsorted(file.sentences, file.documents), len(file.sentences))
         self.marked = tokenizer.eot is not None  # <|endoftext|> stands before a document

@@ -81,5 +81,76 @@ def answer_f1(prediction: str, golds: list[str]) -> float:
 def words_f1(predicted: list[str], gold: list[str]) -> float:
     if not predicted or not gold:
         return float(predicted == gold)
-    shared = sum((Counter(predicted) & Counter(gold)).values())
-    return 2 * shared / (len(predicted) + len(gold))  # = harmonic mean of precision and recall
+    return f1(shared(predicted, gold), len(predicted), len(gold))
+
+
+def shared(predicted: list, gold: list) -> int:
+    """How many of the things predicted are among the gold ones, each as often as it is there."""
+    return sum((Counter(predicted) & Counter(gold)).values())
+
+
+def f1(hits: int, predicted: int, gold: int) -> float:
+    return 2 * hits / max(1, predicted + gold)  # = harmonic mean of precision and recall
+
+
+# ---------------------------------------------------------------- answers as texts
+def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def longest_common(a: list[str], b: list[str]) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)  # of a's words so far with b's first 0, 1, .., len(b)
+    for word in a:
+        before = row
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(before[j] + 1 if word == other else max(before[j + 1], row[j]))
+    return row[-1]
+
+
+def rouge(predicted: str, gold: str) -> list[float]:
+    """ROUGE-1, -2 and -L (Lin 2004) as F1, of lower-case words of letters and digits a-z and 0-9, without stemming."""
+    p, g = (re.findall("[a-z0-9]+", text.lower()) for text in (predicted, gold))
+    pairs = [(ngrams(p, n), ngrams(g, n)) for n in (1, 2)]
+    return [f1(shared(a, b), len(a), len(b)) for a, b in pairs] + [f1(longest_common(p, g), len(p), len(g))]
+
+
+def words_13a(text: str) -> list[str]:
+    """Words and punctuation marks, as the script mteval-v13a.pl of NIST's translation evaluation separates them."""
+    text = text.strip()
+    for written, meant in (("-\n", ""), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
+        text = text.replace(written, meant)
+    text = re.sub(r"([!-&(-+:-@\[-`{-~/])", r" \1 ", f" {text} ")  # ASCII's marks but ' , - and .
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
+    return re.sub(r"([0-9])-", r"\1 - ", text).split()
+
+
+def bleu_counts(predicted: str, gold: str) -> list[int]:
+    """What BLEU adds up over a corpus: hits of 1- to 4-grams, their numbers, and the words of both texts."""
+    p, g = words_13a(predicted), words_13a(gold)
+    grams = [(ngrams(p, n), ngrams(g, n)) for n in (1, 2, 3, 4)]
+    return [*(shared(a, b) for a, b in grams), *(len(a) for a, _ in grams), len(p), len(g)]
+
+
+def bleu(counts: list[float]) -> float:
+    """Papineni et al. 2002: clipped precisions' geometric mean, and a penalty where the predicted texts are short."""
+    hits, totals, (predicted, gold) = counts[:4], counts[4:8], counts[8:]
+    if not min(hits):
+        return 0.0
+    brevity = min(0.0, 1 - gold / predicted)
+    return math.exp(brevity + sum(math.log(h / n) for h, n in zip(hits, totals, strict=True)) / 4)
+
+
+OVERLAP = 14  # numbers that overlap() gives
+
+
+def overlap(predicted: str, gold: str) -> list[float]:
+    """Sums over texts, of which overlap_figures() makes figures: their number, their ROUGEs, their counts for BLEU."""
+    return [1.0, *rouge(predicted, gold), *bleu_counts(predicted, gold)]
+
+
+def overlap_figures(sums: list[float]) -> dict[str, float]:
+    means = [value / sums[0] for value in sums[1:4]]
+    return dict(zip(("rouge1", "rouge2", "rougeL"), means, strict=True)) | {"bleu": bleu(sums[4:])}

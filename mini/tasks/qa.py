@@ -9,7 +9,6 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.storage import read_json
 from mini.tasks.base import Batch, FileTask
-from mini.tasks.inputs import pad
+from mini.tasks.inputs import cut_note, cuts, pad
 from mini.tasks.metrics import answer_f1, exact_match
 from mini.text import python_docs
 from mini.text.tokenizer import Tokenizer
@@ -84,8 +83,10 @@ class QuestionAnswering(FileTask):
         questions = read_squad(train, self.notes, "train")
         self.questions = read_squad(valid, self.notes, "valid")
         self.has_impossible = any(not question.answers for question in questions)
-        cut = partial(cut_windows, tokenizer=tokenizer, max_len=max_len, options=options, notes=self.notes)
-        self.train, self.valid = cut(questions), cut(self.questions)
+        self.train, train_cut = cut_windows(questions, tokenizer, max_len, options)
+        self.valid, valid_cut = cut_windows(self.questions, tokenizer, max_len, options)
+        self.cut = {"train": train_cut, "valid": valid_cut}
+        self.notes += questions_note(train, train_cut) + questions_note(valid, valid_cut)
         self.group(seed, batch_size)
         digest = hashlib.sha256()
         for w in [*self.train, *self.valid]:
@@ -209,24 +210,24 @@ def member(node, name: str, kind: type, place: str):
 
 # ---------------------------------------------------------------- questions -> windows
 def cut_windows(
-    questions: list[Question], tokenizer: Tokenizer, max_len: int, options: QAConfig, notes: list[str]
-) -> list[Window]:
+    questions: list[Question], tokenizer: Tokenizer, max_len: int, options: QAConfig
+) -> tuple[list[Window], dict[str, int]]:
     """The windows of all questions, in their order: a context too long for one is covered by several.
 
     They begin options.stride tokens apart, less where a window has no room for so many. A question is cut to
-    options.max_question tokens, and to half of max_len; a line about it is added to notes.
+    options.max_question tokens, and to half of max_len: of which cuts() is returned, too.
     Raises UserError if max_len leaves no room for a context.
     """
     if None in (tokenizer.cls, tokenizer.sep, tokenizer.pad):
         raise UserError("the tokenizer has no [CLS], [SEP] and [PAD], which questions need: use another one")
-    windows, context, cut = [], None, []
+    windows, context, lengths = [], None, []
     longest = min(options.max_question, max_len // 2)
     for number, question in enumerate(questions):
         if question.context != context:  # several questions in a row share theirs
             context = question.context
             ids, spans = tokenizer.encode_with_offsets(context)
         asked = tokenizer.encode(question.question)
-        cut += [question.question] if len(asked) > longest else []
+        lengths.append(len(asked))
         head = [tokenizer.cls, *asked[:longest], tokenizer.sep]
         room = max_len - len(head) - 1
         if room < 1:
@@ -238,9 +239,11 @@ def cut_windows(
             inside = at <= first <= last < at + room
             places = (first - at + len(head), last - at + len(head)) if inside else (0, 0)
             windows.append(Window(len(windows), number, context, row, len(head), spans[at : at + room], *places))
-    if cut:
-        notes.append(f"{len(cut):,} of {len(questions):,} questions are cut to {longest} tokens ({cut[0][:40]!r} ..)")
-    return windows
+    return windows, cuts(lengths, [longest] * len(lengths))
+
+
+def questions_note(where: str, cut: dict[str, int]) -> list[str]:
+    return cut_note(where, "questions are cut to --max_question or half of --max_len", cut)
 
 
 def answer_tokens(question: Question, spans: np.ndarray) -> tuple[int, int]:

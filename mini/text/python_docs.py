@@ -1,7 +1,8 @@
 """The default corpus: the English documentation that comes with every Python, about two megabytes.
 
 It is read from the standard library's source files, of which nothing is imported: there without a network, and the
-same in every process. Another version of Python has another text. `questions` makes questions and answers of it.
+same in every process. Another version of Python has another text. `questions` makes questions and answers of it,
+`summaries` prompts and answers.
 """
 
 import ast
@@ -139,15 +140,7 @@ def questions(split: str, library: Path | None = None) -> dict:
     drawn by their hashes. A question is one of the descriptions, its id the full name, its answer the name.
     split: "train", or "valid": a tenth or more of the questions, in whole top-level modules, drawn by their hashes.
     """
-    described = descriptions(library or standard_library())
-    sizes = Counter(full.split(".")[0] for full, _, _ in described)
-    held_out: set[str] = set()
-    for module in sorted(sizes, key=name_hash):
-        if sum(sizes[name] for name in held_out) < len(described) / 10:
-            held_out.add(module)
-    chosen = [entry for entry in described if (entry[0].split(".")[0] in held_out) == (split == "valid")]
-    if not chosen:
-        raise UserError("python-docs: this Python came without sources; give --train and --valid files of questions")
+    chosen = part(descriptions(library or standard_library()), split)
     n = max(1, len(chosen) // 6)
     paragraphs = []
     for i in range(n):
@@ -159,6 +152,19 @@ def questions(split: str, library: Path | None = None) -> dict:
             context += f"{name}: {description}\n"
         paragraphs.append({"context": context, "qas": qas})
     return {"version": "1.1", "data": [{"title": f"python-docs {split}", "paragraphs": paragraphs}]}
+
+
+def part(entries: tuple[tuple[str, ...], ...], split: str) -> list[tuple[str, ...]]:
+    """Of (full name, ..) those of a split: "valid" has the top-level modules that `questions` tells of."""
+    sizes = Counter(entry[0].split(".")[0] for entry in entries)
+    held_out: set[str] = set()
+    for module in sorted(sizes, key=name_hash):
+        if sum(sizes[name] for name in held_out) < len(entries) / 10:
+            held_out.add(module)
+    chosen = [entry for entry in entries if (entry[0].split(".")[0] in held_out) == (split == "valid")]
+    if not chosen:
+        raise UserError("python-docs: this Python came without sources; give --train and --valid files")
+    return chosen
 
 
 @functools.cache  # of files that do not change while a program runs; reading them takes seconds
@@ -179,3 +185,26 @@ def descriptions(library: Path) -> tuple[tuple[str, str, str], ...]:
             if public and 4 <= len(sentence.split()) <= 25 and name.lower() not in plain:
                 found.setdefault(plain, (full, name, sentence))
     return tuple(found.values())
+
+
+# ---------------------------------------------------------------- summaries
+def summaries(split: str, library: Path | None = None) -> list[tuple[str, str, str]]:
+    """(full name, the body of a docstring, its first line) of what is defined in the library, split as `questions` is.
+
+    The first line stands alone, as PEP 257 asks; bodies have 10 words or more, and no body and no line occurs twice.
+    """
+    return part(bodies(library or standard_library()), split)
+
+
+@functools.cache
+def bodies(library: Path) -> tuple[tuple[str, str, str], ...]:
+    found, seen = [], set()
+    for module, path in modules(library).items():
+        for heading, docstring in definitions(parse(path), module):
+            first, _, body = docstring.partition("\n\n")
+            first, body = first.strip(), body.strip()
+            new = not {first.lower(), body} & seen
+            if new and "\n" not in first and len(first.split()) >= 3 and len(body.split()) >= 10:
+                found.append((heading.removeprefix("class ").split("(")[0], body, first))
+                seen |= {first.lower(), body}
+    return tuple(found)

@@ -1,17 +1,13 @@
 """Labelled texts, and prompts with answers."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from mini import Bert
 from mini.errors import UserError
-from mini.tasks.base import IGNORE
 from mini.tasks.classify import Classification, ClassifyConfig
 from mini.tasks.inputs import masked_ids
-from mini.tasks.pairs import PromptAnswers
 from mini.text.rows import read_rows
 from mini.text.tokenizer_base import ByteTokenizer
 
@@ -178,40 +174,10 @@ def test_what_is_cut_is_noted(tmp_path):
     path = write(tmp_path / "a.tsv", "text\tlabel\n12345678\tx\n123456789\ty\n12345678901\ty\n")
     options = dict(seed=0, batch_size=3, options=ClassifyConfig())
     _, note, same = Classification(path, path, TOKENIZER, max_len=10, **options).notes  # the first: x occurs once
-    assert note == same == f"{path}: 2 of 3 texts are cut to 8 tokens (the longest has 11 tokens)"
+    assert note == same == f"{path}: 2 of 3 texts are cut to 8 tokens; 4 of all 28 tokens are not read (14.3%)"
     assert len(Classification(path, path, TOKENIZER, max_len=13, **options).notes) == 1
     pair = '{"text": "abcd", "text_b": "efg", "label": "1"}\n{"text": "abcd", "text_b": "efgh", "label": "0"}\n'
     path = write(tmp_path / "b.jsonl", pair)
-    notes = Classification(path, path, TOKENIZER, max_len=10, **options).notes
-    assert notes[-1] == f"{path}: 1 of 2 texts are cut to 7 tokens (the longest has 8 tokens)"
-    path = write(tmp_path / "c.jsonl", json.dumps({"prompt": "a long prompt", "answer": "yes"}))
-    (note, _) = PromptAnswers(path, path, TOKENIZER, max_len=10, seed=0, batch_size=3).notes
-    assert "1 of 1 prompts lose their beginning" in note and note.endswith("c.jsonl:1 loses 6 of 13 tokens)")
-
-
-def test_only_the_answer_is_predicted(tmp_path):
-    rows = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "long prompt", "answer": "yes"}]
-    path = write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
-    data = PromptAnswers(path, path, TOKENIZER, max_len=10, seed=0, batch_size=3)
-    (batch,) = data.validation(8)
-    assert batch.inputs["tokens"].tolist() == [[*b"2+2=4", *[EOT] * 5], [*b" prompt", *b"yes"]]
-    assert batch.inputs["targets"].tolist() == [
-        [IGNORE] * 3 + [ord("4"), EOT] + [IGNORE] * 5,
-        [IGNORE] * 6 + [*b"yes", EOT],
-    ]
-    assert batch.counts == {"lm": 6} and batch.n_bytes == 4
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ({"prompt": "", "answer": "a"}, "a.jsonl:1: the prompt is empty"),
-        ({"prompt": "a", "answer": ""}, "a.jsonl:1: the answer is empty"),
-        ({"prompt": "a", "answer": "much too long for it"}, "--max_len is 10"),
-    ],
-)
-def test_bad_pairs_are_named(tmp_path, row, message):
-    path = write(tmp_path / "a.jsonl", json.dumps(row))
-    with pytest.raises(UserError) as error:
-        PromptAnswers(path, path, TOKENIZER, max_len=10, seed=0, batch_size=3)
-    assert message in str(error.value)
+    data = Classification(path, path, TOKENIZER, max_len=10, **options)
+    assert data.notes[-1] == f"{path}: 1 of 2 texts are cut to 7 tokens; 1 of all 15 tokens are not read (6.7%)"
+    assert data.cut == {split: {"texts": 2, "cut": 1, "tokens": 15, "lost": 1} for split in ("train", "valid")}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mini import Bert
+from mini import Bert, ModelConfig
 from mini.errors import UserError
 from mini.tasks.base import IGNORE
 from mini.tasks.masked import MaskedLanguageModelling, MLMConfig, Sentences, fit
@@ -218,6 +218,40 @@ def test_without_pairs_there_is_one_segment():
     assert int(batch.inputs["segments"].sum()) == 0 and lengths.max() == T
     for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True):
         assert row[0] == CLS and row.count(SEP) == 1 and row[n - 1] == SEP and len(set(row[1 : n - 1])) == 1
+
+
+def test_packed_examples_run_on_into_the_next_documents():
+    data = examples(make_file(sentences=2), nsp=False, document_mask=True, short_rate=0.0)
+    batch = data.batch(np.arange(200))
+    tokens, documents, lengths = unmasked(batch), batch.inputs["documents"], batch.inputs["lengths"]
+    assert (lengths == T).float().mean() > 0.9 and len(documents.unique()) > 30  # only the text's end is short
+    for row, numbers, n in zip(tokens.tolist(), documents.tolist(), lengths.tolist(), strict=True):
+        for token, number in zip(row[1 : n - 1], numbers[1 : n - 1], strict=True):
+            assert token in (number - 1, EOT)  # document d, the number of which is d + 1, is made of d
+        assert numbers[0] == numbers[1] and set(numbers[n - 1 :]) == {numbers[n - 2]}
+    assert EOT in tokens and EOT not in batch.inputs["targets"]
+
+
+def test_packed_documents_see_nothing_of_each_other():
+    torch.manual_seed(0)
+    shape = dict(n_layers=2, n_heads=2, d_model=16, max_len=T, vocab_size=TOKENIZER.vocab_size, zero_init=False)
+    model = Bert(ModelConfig(**shape, causal=False, mlm=True, positions="rope", n_segments=2, window=3)).eval()
+    inputs = examples(make_file(sentences=2), nsp=False, document_mask=True).batch(np.arange(4)).inputs
+    logits = model.answers(inputs)["mlm"]
+    for row in range(4):
+        tokens, documents = inputs["tokens"][row], inputs["documents"][row]
+        for i, place in enumerate(inputs["positions"][row].tolist()):
+            own = (documents == documents[place]) & (torch.arange(T) < inputs["lengths"][row])
+            first = int(own.int().argmax())
+            alone, _ = model.predict(tokens[own][None], own.sum()[None], torch.tensor([[place - first]]))
+            assert torch.allclose(logits[row, i], alone[0, 0], atol=1e-5)
+
+
+def test_document_masks_are_refused_where_they_have_no_meaning():
+    with pytest.raises(UserError, match=r"--document_mask packs .* needs --nsp false"):
+        examples(document_mask=True)
+    with pytest.raises(UserError, match="--document_mask: the text is one document"):
+        examples(make_file(n_documents=1), nsp=False, document_mask=True)
 
 
 def test_one_document_is_refused_for_pairs_only():

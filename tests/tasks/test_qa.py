@@ -23,6 +23,7 @@ from mini.tasks.qa import (
     collect,
     cut_windows,
     judge,
+    questions_note,
     read_squad,
 )
 from mini.text import python_docs
@@ -151,7 +152,7 @@ def test_windows_cover_the_context_and_overlap(n_words, stride):
     ids, spans = tokenizer.encode_with_offsets(context)
     head = [0, *tokenizer.encode_with_offsets("a b c?")[0], 1]
     starts = []
-    for window in cut_windows([question("a b c?", context)], tokenizer, len(head) + room + 1, options(stride), []):
+    for window in cut_windows([question("a b c?", context)], tokenizer, len(head) + room + 1, options(stride))[0]:
         assert window.ids[: window.begin].tolist() == head and window.ids[-1] == 1
         start = spans[:, 0].tolist().index(window.spans[0, 0])
         assert window.ids[window.begin : -1].tolist() == ids[start : start + room].tolist()
@@ -165,7 +166,7 @@ def test_windows_cover_the_context_and_overlap(n_words, stride):
 def test_a_context_of_which_the_tokenizer_keeps_nothing():
     tokenizer = Words()
     tokenizer.encode_with_offsets = lambda text: (np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
-    windows = cut_windows([question(context="\x00", answer="\x00")], tokenizer, 32, options(), [])
+    windows = cut_windows([question(context="\x00", answer="\x00")], tokenizer, 32, options())[0]
     assert [window.ids.tolist() for window in windows] == [[0, 1, 1]] and windows[0].last == 0
     inputs = collate(windows, tokenizer).inputs
     rows = best_spans(torch.zeros(1, 3), torch.zeros(1, 3), inputs["context"], 4, 30)
@@ -182,7 +183,7 @@ def test_targets_are_the_answer_or_cls():
         "Main Building's gold",
         "'s gold dome",
     ):
-        windows = cut_windows([question(answer=answer)], tokenizer, 16, options(stride=1), [])
+        windows = cut_windows([question(answer=answer)], tokenizer, 16, options(stride=1))[0]
         assert len(windows) > 2
         inside = [window for window in windows if window.last]
         for window in inside:
@@ -191,36 +192,45 @@ def test_targets_are_the_answer_or_cls():
             assert CONTEXT[start:end].strip() == answer.strip()
         assert 0 < len(inside) < len(windows)
         assert all((window.first > 0) == (window.last > 0) for window in windows)
-    assert {(w.first, w.last) for w in cut_windows([question()], tokenizer, 16, options(), [])} == {(0, 0)}
+    assert {(w.first, w.last) for w in cut_windows([question()], tokenizer, 16, options())[0]} == {(0, 0)}
 
 
 def test_an_answer_that_no_window_holds_whole_is_no_target():
-    windows = cut_windows([question(answer=CONTEXT[:60].strip())], Words(), 12, options(stride=2), [])
+    windows = cut_windows([question(answer=CONTEXT[:60].strip())], Words(), 12, options(stride=2))[0]
     assert {(w.first, w.last) for w in windows} == {(0, 0)}
 
 
 def test_a_long_question_is_cut_and_a_short_context_is_enough():
     tokenizer = Words()
-    (window,) = cut_windows([question("one two three four five six?", "Yes.", "Yes")], tokenizer, 32, options(9, 3), [])
+    (window,) = cut_windows([question("one two three four five six?", "Yes.", "Yes")], tokenizer, 32, options(9, 3))[0]
     assert window.begin == 5 and len(window.ids) == 8
     assert (window.first, window.last) == (5, 5)
     assert window.ids[1:4].tolist() == tokenizer.encode_with_offsets("one two three")[0].tolist()
 
 
+def test_long_questions_are_counted():
+    _, cut = cut_windows([question("one two three four five six?"), question("one?")], Words(), 32, options(9, 3))
+    assert cut == {"texts": 2, "cut": 1, "tokens": 9, "lost": 4}
+    (note,) = questions_note("a.json", cut)
+    assert note.startswith("a.json: 1 of 2 questions are cut") and note.endswith(
+        "4 of all 9 tokens are not read (44.4%)"
+    )
+
+
 def test_no_room_for_a_context():
-    cut_windows([question("one two three")], Words(), 7, options(), [])
+    cut_windows([question("one two three")], Words(), 7, options())
     with pytest.raises(UserError, match="--max_len 6: no room for a context beside a question"):
-        cut_windows([question("one two three")], Words(), 6, options(), [])
+        cut_windows([question("one two three")], Words(), 6, options())
     tokenizer = Words()
     tokenizer.sep = None
     with pytest.raises(UserError, match=r"no \[CLS\], \[SEP\]"):
-        cut_windows([question()], tokenizer, 64, options(), [])
+        cut_windows([question()], tokenizer, 64, options())
 
 
 def test_collate():
     tokenizer = Words()
-    windows = cut_windows([question("Is it?", "Yes."), question("Is it a b c?", "Of course.", "course")], tokenizer, 32,
-                          options(), [])  # fmt: skip
+    windows, _ = cut_windows([question("Is it?", "Yes."), question("Is it a b c?", "Of course.", "course")], tokenizer,
+                             32, options())  # fmt: skip
     batch = collate(windows, tokenizer)
     a, b = windows
     assert batch.inputs["tokens"].tolist() == [[*a.ids, 2, 2, 2, 2], list(b.ids)]
@@ -325,7 +335,7 @@ def test_collect_merges_windows():
 
 
 def test_collect_offers_no_white_space():
-    (window,) = cut_windows([question(context="a \n b")], Words(), 32, options(), [])
+    (window,) = cut_windows([question(context="a \n b")], Words(), 32, options())[0]
     tokens = [(window.begin + i, window.begin + j) for i in range(4) for j in range(i, 4)]
     row = [0.0] + [value for n, (i, j) in enumerate(tokens) for value in (float(n), i, j)]
     ((_, answers),) = collect([window], np.array([row]))
@@ -335,9 +345,9 @@ def test_collect_offers_no_white_space():
 def test_a_question_from_a_person_goes_all_the_way():
     """A model that knows the answer's places gives its text, whichever window it is in."""
     tokenizer = Words()
-    windows = cut_windows([question("Where?")], tokenizer, 16, options(), [])
+    windows = cut_windows([question("Where?")], tokenizer, 16, options())[0]
     inputs = collate(windows, tokenizer).inputs
-    gold = cut_windows([question("Where?", answer="gold dome")], tokenizer, 16, options(), [])
+    gold = cut_windows([question("Where?", answer="gold dome")], tokenizer, 16, options())[0]
     start, end = torch.zeros(2, *inputs["tokens"].shape)
     for b, window in enumerate(gold):
         start[b, window.first], end[b, window.last] = 9, 9

@@ -1,0 +1,159 @@
+"""Answers to prompts: what is read, what is cut, and how generated answers are judged."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from mini import GPT, ModelConfig
+from mini.errors import UserError
+from mini.tasks.base import IGNORE
+from mini.tasks.metrics import bleu, overlap, overlap_figures, rouge, words_13a
+from mini.tasks.pairs import PairsConfig, PromptAnswers, first_sentence
+from mini.text import python_docs
+from mini.text.tokenizer_base import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+EOT = TOKENIZER.eot
+
+
+def write(path, pairs: list[tuple[str, str]]):
+    path.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in pairs))
+    return path
+
+
+def make(path, max_len: int = 32, **options):
+    return PromptAnswers(path, path, TOKENIZER, max_len, seed=1, batch_size=4, options=PairsConfig(**options))
+
+
+# ---------------------------------------------------------------- ROUGE and BLEU, worked by hand
+def test_rouge_by_hand():
+    """cat, on, mat and two of the; the cat, on the, the mat; the cat .. on the mat."""
+    assert rouge("The cat sat on the mat.", "the cat is on the mat") == pytest.approx([10 / 12, 6 / 10, 10 / 12])
+    assert rouge("the the the the", "the cat") == pytest.approx([2 / 6, 0, 2 / 6])  # each word counts as often as it is
+    assert rouge("a b c d", "d c b a") == pytest.approx([1, 0, 2 / 8])
+    assert rouge("a x b y c", "a b c") == pytest.approx([6 / 8, 0, 6 / 8])  # a subsequence may have gaps
+    assert rouge("", "a b") == rouge("a", "") == rouge("!", "?") == [0, 0, 0]
+
+
+def test_bleu_by_hand():
+    pairs = [("the cat sat on the mat", "the cat is on the mat"), ("a b c d", "a b c d e")]
+    figures = overlap_figures(torch.tensor([overlap(*pair) for pair in pairs]).sum(0).tolist())
+    precisions = 9 / 10 * 6 / 8 * 3 / 6 * 1 / 4  # 5 + 4 words, 3 + 3 pairs, 1 + 2 threes, 0 + 1 fours
+    assert figures["bleu"] == pytest.approx(math.exp(1 - 11 / 10) * precisions**0.25)
+    assert figures["rouge1"] == pytest.approx((10 / 12 + 8 / 9) / 2)
+    assert bleu([4, 3, 2, 1, 4, 3, 2, 1, 4, 3]) == 1  # longer than the gold one: no penalty
+    assert bleu([4, 3, 2, 0, 4, 3, 2, 1, 4, 4]) == 0 == bleu([0.0] * 10)
+
+
+def test_words_of_bleu():
+    text = "Hello, world! It's 3.5-4 (x-y) U.S. &quot;A&amp;B&quot; 1,000, end-\nless\n"
+    expected = 'Hello , world ! It\'s 3.5 - 4 ( x-y ) U . S . " A & B " 1,000 , endless'
+    assert words_13a(text) == expected.split()
+
+
+# ---------------------------------------------------------------- examples
+def test_what_is_cut_is_counted(tmp_path):
+    path = write(tmp_path / "a.jsonl", [("0123456789", "yes"), ("01234567890123", "no"), ("abc", "z")])
+    data = make(path, max_len=10)
+    assert data.cut["train"] == data.cut["valid"] == {"texts": 3, "cut": 2, "tokens": 27, "lost": 3 + 6}
+    assert data.notes[0].startswith(f"{path}: 2 of 3 prompts lose their beginning")
+    assert data.notes[0].endswith("9 of all 27 tokens are not read (33.3%)")
+    assert [TOKENIZER.decode(ids[:begin]) for ids, begin, _ in data.train] == ["3456789", "67890123", "abc"]
+    assert make(path, max_len=32).notes == [] and make(path, max_len=32).cut["train"]["cut"] == 0
+
+
+def test_only_the_answer_is_predicted(tmp_path):
+    data = make(write(tmp_path / "a.jsonl", [("2+2=", "4"), ("long prompt", "yes")]), max_len=10)
+    (batch,) = data.validation(8)
+    assert batch.inputs["tokens"].tolist() == [[*b"2+2=4", *[EOT] * 5], [*b" prompt", *b"yes"]]
+    targets = [[IGNORE] * 3 + [ord("4"), EOT] + [IGNORE] * 5, [IGNORE] * 6 + [*b"yes", EOT]]
+    assert batch.inputs["targets"].tolist() == targets
+    assert batch.counts == {"lm": 6} and batch.n_bytes == 4
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (("", "a"), "a.jsonl:1: the prompt is empty"),
+        (("a", ""), "a.jsonl:1: the answer is empty"),
+        (("a", "much too long for it"), "a.jsonl:1: the answer has 21 tokens, --max_len is 10"),
+    ],
+)
+def test_bad_pairs_are_named(tmp_path, row, message):
+    with pytest.raises(UserError) as error:
+        make(write(tmp_path / "a.jsonl", [row]), max_len=10)
+    assert message in str(error.value)
+
+
+def test_first_sentences():
+    assert first_sentence("  One. Two.") == "One." and first_sentence("No end") == "No end"
+    assert first_sentence("It is 3.5 high! Yes.") == "It is 3.5 high!" and first_sentence("Title\n\nText.") == "Title"
+
+
+def test_docstrings_and_their_first_lines():
+    train, valid = python_docs.summaries("train"), python_docs.summaries("valid")
+    assert len(train) > 5 * len(valid) / 2 > 100
+    assert not {name.split(".")[0] for name, _, _ in train} & {name.split(".")[0] for name, _, _ in valid}
+    lines = [line.lower() for _, _, line in train + valid]
+    assert len(set(lines)) == len(lines) and not any("\n" in line for line in lines)
+    data = PromptAnswers("python-docs", "python-docs", TOKENIZER, 256, 1, 4)
+    assert (len(data.train), len(data.valid)) == (len(train), len(valid))
+    assert data.golds.keys() == {i * len(valid) // 100 for i in range(100)}
+
+
+# ---------------------------------------------------------------- answers
+class Parrot(GPT):
+    """Answers each prompt with what the table says, by way of generate()."""
+
+    table: dict[str, str]
+
+    def generate(self, tokens, most, lengths, stop):
+        rows = []
+        for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True):
+            new = [*TOKENIZER.encode(self.table[TOKENIZER.decode(row[:n])]), *stop][:most]
+            rows.append(row[:n] + new + [stop[0]] * (tokens.size(1) + most - n - len(new)))
+        return torch.tensor(rows)
+
+
+@torch.no_grad()
+def judged(data: PromptAnswers, model: GPT, batch_size: int) -> dict:
+    sums: dict = {}
+    for batch in data.validation(batch_size):
+        counts = {f"count/{name}": torch.tensor(float(n)) for name, n in batch.counts.items()}
+        for name, value in (data.measure(model, batch.inputs) | counts | {"bytes": torch.tensor(1.0)}).items():
+            sums[name] = sums.get(name, 0) + value
+    return data.metrics(sums)
+
+
+def test_answers_are_judged_against_their_own_golds(tmp_path):
+    pairs = [(f"Question {'x' * i}? More.", f"the answer is number {i} of them") for i in range(7)]
+    data = make(write(tmp_path / "a.jsonl", pairs), max_len=80, n_judged=5)
+    model = Parrot(ModelConfig(n_layers=1, n_heads=1, d_model=8, max_len=80, vocab_size=TOKENIZER.vocab_size)).eval()
+    model.table = dict(pairs)
+    figures = judged(data, model, 3)
+    assert [figures[name] for name in ("rouge1", "rouge2", "rougeL", "bleu")] == pytest.approx([1, 1, 1, 1])
+    assert figures["copied_rouge1"] == 0 and len(data.golds) == 5
+    model.table = {prompt: answer.replace("number", "about") for prompt, answer in pairs}
+    wrong = judged(data, model, 2)  # six words of seven, four pairs of six: the .. answer is about N of them
+    assert [wrong[name] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx([6 / 7, 4 / 6, 6 / 7])
+    assert wrong["bleu"] == 0 and wrong["val_loss"] == pytest.approx(figures["val_loss"])
+    copied = make(write(tmp_path / "b.jsonl", [("Two of them. Rest.", "two of them")]), n_judged=1)
+    assert copied.copied["rougeL"] == 1 and copied.copied["bleu"] == 0  # three words have no four in a row
+    assert "rouge1" not in judged(make(tmp_path / "a.jsonl", max_len=80, n_judged=0), model, 3)
+
+
+def test_ragged_prompts_are_answered_as_one_by_one(tmp_path):
+    """By a model with windows, whose cache is a ring, and beyond max_len."""
+    torch.manual_seed(0)
+    config = dict(n_layers=2, n_heads=2, d_model=16, max_len=24, vocab_size=TOKENIZER.vocab_size, positions="rope")
+    model = GPT(ModelConfig(window=4, **config)).eval()
+    data = make(write(tmp_path / "a.jsonl", [("ab", "c"), ("abcdefghijkl", "m"), ("q" * 20, "r")]), max_len=24)
+    lengths = torch.tensor([begin for _, begin, _ in data.valid])
+    tokens = torch.zeros(3, 20, dtype=torch.long)
+    for row, (ids, begin, _) in zip(tokens, data.valid, strict=True):
+        row[:begin] = torch.tensor(ids[:begin])
+    together = data.answer(model, tokens, lengths, 9)
+    alone = [data.answer(model, tokens[i : i + 1, :n], lengths[i : i + 1], 9)[0] for i, n in enumerate(lengths)]
+    assert together == alone
