@@ -1,6 +1,7 @@
 """Runs side by side: each measured in a process of its own, one table, and a picture of size, speed and quality."""
 
 import gc
+import itertools
 import json
 import multiprocessing
 import platform
@@ -50,8 +51,13 @@ class ReportOptions(Checked):
     runs: list[str] = option([], "runs, or folders with published weights; the uncompressed one first", positional="+")
     out: str = option("out/report", "the folder for report.md, report.json and, with matplotlib, report.png")
     repeats: int = option(20, "forward passes, of which the median counts", low=1)
+    lengths: int | list[int] = option(0, "tokens of the timed texts, one number or several: 512,4096; 0: 128", low=0)
     compile: bool = option(False, "run every model through torch.compile")
     device: str = option("auto", "auto, cpu, cuda, mps")
+
+    @property
+    def all_lengths(self) -> list[int]:
+        return self.lengths if isinstance(self.lengths, list) else [self.lengths]
 
 
 def compare(options: ReportOptions) -> None:
@@ -62,6 +68,8 @@ def compare(options: ReportOptions) -> None:
     for i, run in enumerate(options.runs):
         model = load_model(run)
         quantized = int8.is_int8(model)
+        if i == 0 and (longest := max(options.all_lengths)) > model.config.max_len:
+            raise UserError(f"--lengths {longest}: {run} reads {model.config.max_len} tokens at most")
         if i == 0 and (quantized or sparse.masks_of(model)):
             raise UserError(f"{run}: the first run is what the others are compared with; name the uncompressed one")
         forms += [(run, "saved")] + [(run, "bf16")] * (quantized or i == 0)
@@ -97,9 +105,8 @@ def is_report(path: Path) -> bool:
 def in_own_process(run: str, form: str, outputs: Path, options: ReportOptions) -> dict | None:
     """The figures of one row; None where torch's own int8 does not work here."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        how = options.compile, options.repeats, options.device
         try:
-            return process.submit(measure, run, form, outputs, *how).result()
+            return process.submit(measure, run, form, outputs, options).result()
         except Exception as error:  # whatever another process fails of is one line
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if form != "torch-int8":  # which not every version of PyTorch has
@@ -139,7 +146,7 @@ def table(rows: list[dict]) -> str:
         lines.append(
             [row["run"], form_name(row), f"{row['bytes'] / 1e6:.2f}", f"{row['parameters']:,}",
              f"{row['nonzeros']:,}", *(shown(row.get(name), ".2f") for name in latencies),
-             f"{row['tokens_per_s']:,.0f}", f"{row['memory_mb']:,.0f}", shown(row.get(judged), ".4f"),
+             shown(row.get("tokens_per_s"), ",.0f"), f"{row['memory_mb']:,.0f}", shown(row.get(judged), ".4f"),
              shown(change, "+.4f"), shown(row["difference"], ".3g"), row["speed"]]
         )  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -162,9 +169,9 @@ def plot(rows: list[dict], path: Path) -> None:
     if pyplot is None:
         return
     judged = rows[0]["judged_by"]
-    latency = next(name for name in rows[0] if name.startswith("ms_8_"))
+    latency = [name for name in rows[0] if name.startswith("ms_8_")][-1]  # of the longest texts, if they were named so
     figure, both = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
-    sides = [("bytes", 1e6, "MB on disk"), (latency, 1, f"ms for (8, {rows[0]['length']}) tokens")]
+    sides = [("bytes", 1e6, "MB on disk"), (latency, 1, f"ms for (8, {latency.removeprefix('ms_8_')}) tokens")]
     for axes, (name, unit, label) in zip(both, sides, strict=True):
         for i, row in enumerate(rows):
             if name in row and row["judged_on"] == rows[0]["judged_on"]:
@@ -184,17 +191,17 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 # ---------------------------------------------------------------- one row
-def measure(run: str, form: str, outputs: Path, compile: bool, repeats: int, device: str) -> dict:
+def measure(run: str, form: str, outputs: Path, options: ReportOptions) -> dict:
     """Size, speed, memory and quality of a run; its outputs for a few texts go to a file, to be compared with others'.
 
     form: "saved", as it is; "bf16", whatever of it is float32 in bfloat16; "torch-int8", torch's own dynamic int8.
     """
     warnings.simplefilter("ignore")  # of this process alone
-    world = World(device)
+    world = World(options.device)
     empty = memory(world.device)
     settings = open_run(run)
     model = settings.source.eval()
-    compiled = compile and can_compile(world.device, lambda why: None)
+    compiled = options.compile and can_compile(world.device, lambda why: None)
     figures = {"run": run, "form": form, "compiled": compiled, "seed": settings.train.seed}
     figures |= size(model, run, form, world.device)
     if form == "bf16":
@@ -208,7 +215,7 @@ def measure(run: str, form: str, outputs: Path, compile: bool, repeats: int, dev
     memory(world.device)  # loading does not count
     keep_memory()
     with torch.inference_mode():
-        figures |= latencies(model, repeats, compiled, world.device)
+        figures |= latencies(model, options, compiled, world.device)
     figures["memory_mb"] = memory(world.device) - empty
     task = open_own_task(settings, world)
     judged = evaluate(model, task, world, torch.float32, 8)
@@ -251,20 +258,22 @@ def torch_int8(model: Model) -> Model:
     return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
-def latencies(model: Model, repeats: int, compiled: bool, device: torch.device) -> dict:
-    """p50 latencies in ms: of (1, T) and (8, T) tokens, T = 128 or max_len, and of a GPT's next token.
+def latencies(model: Model, options: ReportOptions, compiled: bool, device: torch.device) -> dict:
+    """p50 latencies in ms: of a GPT's next token, and of (1, T) and (8, T) tokens for each length T that it can read.
 
-    spread: the largest ratio of the slowest tenth to the fastest of one of these; near 1 on an idle machine.
+    tokens_per_s: with 8 texts of the first length. spread: the largest ratio of the slowest tenth to the fastest of one
+    of these; near 1 on an idle machine.
     """
-    T = min(128, model.config.max_len)
-    figures, spreads = {"length": T}, []
+    most, repeats = model.config.max_len, options.repeats
+    figures, spreads = {}, []
     if model.kind == "gpt" and not model.config.n_classes:
         figures["ms_1_1"], spread = latency(single_step(model, device, compiled), repeats, device)
         spreads.append(spread)
     inductor = int8.INDUCTOR if int8.is_int8(model) else None
     answer = torch.compile(model.answer, dynamic=False, options=inductor) if compiled else model.answer
-    asked = [T - 1] if model.kind == "gpt" else range(0, T, 7)  # the next token; one in seven is masked
-    for batch in (1, 8):
+    lengths = [T or min(128, most) for T in options.all_lengths if T <= most]
+    for T, batch in itertools.product(lengths, (1, 8)):
+        asked = [T - 1] if model.kind == "gpt" else range(0, T, 7)  # the next token; one in seven is masked
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(model.config.vocab_size, (batch, T), generator=generator).to(device)
         positions = torch.tensor(asked, device=device).expand(batch, -1)  # (B, M)
@@ -272,7 +281,9 @@ def latencies(model: Model, repeats: int, compiled: bool, device: torch.device) 
         ms, spread = latency(lambda inputs=inputs: answer(inputs), repeats, device)
         figures[f"ms_{batch}_{T}"] = ms
         spreads.append(spread)
-    return figures | {"tokens_per_s": 8 * T / ms * 1000, "spread": max(spreads)}
+        if batch == 8:
+            figures.setdefault("tokens_per_s", 8 * T / ms * 1000)
+    return figures | {"spread": max(spreads, default=1.0)}
 
 
 def single_step(model: Model, device: torch.device, compiled: bool) -> Callable:

@@ -180,7 +180,8 @@ def test_report(gpt, tmp_path, command, monkeypatch):
     a, b = tmp_path / "a", tmp_path / "b"
     compress(command, "prune", gpt, a, "--sparsity", 0.5)
     compress(command, "quantize", gpt, b)
-    done = command("compress.py", "report", gpt, a, b, "--out", tmp_path / "report", "--repeats", 2)
+    flags = ["--repeats", 2, "--lengths", "32,16"]
+    done = command("compress.py", "report", gpt, a, b, "--out", tmp_path / "report", *flags)
     table = (tmp_path / "report" / "report.md").read_text()
     assert table.strip() in done.stdout
     rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
@@ -193,7 +194,9 @@ def test_report(gpt, tmp_path, command, monkeypatch):
     assert dense["speed"] == "real" and sparse["speed"] == "simulated" and int8["speed"] in ("real", "simulated")
     assert sparse["nonzeros"] < 0.52 * dense["nonzeros"] == 0.52 * dense["parameters"]
     assert dense["val_loss"] == pytest.approx(result(gpt)["val_loss"], rel=1e-3)
-    assert all(row["ms_1_1"] > 0 and row["ms_8_32"] > 0 and row["memory_mb"] >= 0 for row in rows)
+    times = ("ms_1_1", "ms_1_32", "ms_8_32", "ms_1_16", "ms_8_16")
+    assert all(row[name] > 0 for row in rows for name in times) and all(row["memory_mb"] >= 0 for row in rows)
+    assert "(8, 16) ms" in table and rows[0]["tokens_per_s"] == pytest.approx(8 * 32 / rows[0]["ms_8_32"] * 1000)
 
 
 def test_a_report_replaces_a_report_alone(gpt, tmp_path, command):
@@ -295,6 +298,8 @@ def test_more_bad_input(gpt, tmp_path, command):
     itself = compress(command, "quantize", gpt, gpt, "--overwrite", "true", status=2)
     assert "--out is the run to start from" in itself.stderr and (gpt / "model.safetensors").exists()
     assert "first run" in command("compress.py", "report", a, gpt, "--out", tmp_path / "r", status=2).stderr
+    done = command("compress.py", "report", gpt, "--lengths", "16,4096", "--out", tmp_path / "r", status=2)
+    assert "--lengths 4096: " in done.stderr and "reads 32 tokens at most" in done.stderr
     assert "name the run folder" in command("compress.py", "prune", gpt, status=2).stderr
     assert "did you mean prune" in command("compress.py", "prun", gpt, status=2).stderr
     assert "prune" in command("compress.py").stdout
