@@ -17,7 +17,7 @@ from mini.text.corpus import DataConfig
 from mini.training.devices import World
 from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
-from mini.training.start import learn, make_world, open_own_task, open_run
+from mini.training.start import TEXT_FLAGS, learn, make_world, open_own_task, open_run
 
 QAT_LR = 0.1  # of the run's own: int8 does little harm, which high learning rates would add to (docs/log.md)
 
@@ -122,7 +122,7 @@ def with_teacher(argv: list[str]) -> tuple[list[str], World | None]:
         raise UserError(f"--general: {source} is pretrained and has that part; leave it out")
     teach.check(s, recipe)
     flags = dict(task=s.job.task, init=source, out=f"{options.out}-teacher", overwrite=options.overwrite)
-    flags |= {name: value for part in training for name, value in vars(part).items() if name in s.given}
+    flags |= {name: value for part in training for name, value in vars(part).items() if name in s.given - TEXT_FLAGS}
     read = {"gpt": train_gpt, "bert": train_bert}[s.kind].read
     settings = read([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     world = make_world(settings.train)

@@ -258,7 +258,7 @@ def answer(argv: list[str]) -> None:
     settings = task_options(options.run, qa.QAConfig)
     question = qa.Question("", options.question, options.context, [], [])
     windows, cut = qa.cut_windows([question], tokenizer, model.config.max_len, settings)
-    warn(qa.questions_note(repr(options.question[:40]), cut))
+    warn(qa.questions_note(repr(options.question[:40]), cut, qa.longest_question(model.config.max_len, settings)))
     spans = []
     for chunk in progress(windows, 32):
         inputs = qa.collate(chunk, tokenizer).to(device).inputs

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import platform
 import statistics
@@ -55,6 +56,11 @@ class ReportOptions(Checked):
     compile: bool = option(False, "run every model through torch.compile")
     device: str = option("auto", "auto, cpu, cuda, mps")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if 1 in self.all_lengths:
+            raise UserError("--lengths 1: a further token is timed anyway; give texts of 2 tokens or more")
+
     @property
     def all_lengths(self) -> list[int]:
         return self.lengths if isinstance(self.lengths, list) else [self.lengths]
@@ -68,7 +74,7 @@ def compare(options: ReportOptions) -> None:
     for i, run in enumerate(options.runs):
         model = load_model(run)
         quantized = int8.is_int8(model)
-        if i == 0 and (longest := max(options.all_lengths)) > model.config.max_len:
+        if i == 0 and (longest := max(options.all_lengths)) > longest_text(model):
             raise UserError(f"--lengths {longest}: {run} reads {model.config.max_len} tokens at most")
         if i == 0 and (quantized or sparse.masks_of(model)):
             raise UserError(f"{run}: the first run is what the others are compared with; name the uncompressed one")
@@ -169,7 +175,7 @@ def plot(rows: list[dict], path: Path) -> None:
     if pyplot is None:
         return
     judged = rows[0]["judged_by"]
-    latency = [name for name in rows[0] if name.startswith("ms_8_")][-1]  # of the longest texts, if they were named so
+    latency = max((n for n in rows[0] if n.startswith("ms_8_")), key=lambda n: int(n.removeprefix("ms_8_")))
     figure, both = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
     sides = [("bytes", 1e6, "MB on disk"), (latency, 1, f"ms for (8, {latency.removeprefix('ms_8_')}) tokens")]
     for axes, (name, unit, label) in zip(both, sides, strict=True):
@@ -258,20 +264,24 @@ def torch_int8(model: Model) -> Model:
     return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
+def longest_text(model: Model) -> float:
+    return math.inf if model.config.endless else model.config.max_len
+
+
 def latencies(model: Model, options: ReportOptions, compiled: bool, device: torch.device) -> dict:
     """p50 latencies in ms: of a GPT's next token, and of (1, T) and (8, T) tokens for each length T that it can read.
 
     tokens_per_s: with 8 texts of the first length. spread: the largest ratio of the slowest tenth to the fastest of one
     of these; near 1 on an idle machine.
     """
-    most, repeats = model.config.max_len, options.repeats
+    most, repeats = longest_text(model), options.repeats
     figures, spreads = {}, []
     if model.kind == "gpt" and not model.config.n_classes:
         figures["ms_1_1"], spread = latency(single_step(model, device, compiled), repeats, device)
         spreads.append(spread)
     inductor = int8.INDUCTOR if int8.is_int8(model) else None
     answer = torch.compile(model.answer, dynamic=False, options=inductor) if compiled else model.answer
-    lengths = [T or min(128, most) for T in options.all_lengths if T <= most]
+    lengths = [T or min(128, model.config.max_len) for T in options.all_lengths if T <= most]
     for T, batch in itertools.product(lengths, (1, 8)):
         asked = [T - 1] if model.kind == "gpt" else range(0, T, 7)  # the next token; one in seven is masked
         generator = torch.Generator().manual_seed(0)

@@ -78,6 +78,19 @@ class View:
             self.masks[T, S] = found
         return self.masks[T, S]
 
+    def near_mask(self, T: int, device: torch.device) -> Tensor:
+        """sees() of N blocks of W queries, each of the global keys and those of the blocks it looks at:
+        (1 or B, N, W, n_global + S). A key that is global and near counts as global alone."""
+        if ("near", T) not in self.masks:
+            W, g, (before, after) = BLOCK, min(self.n_global, T), self.neighbours
+            N = -(-T // W)
+            places = torch.arange(N * W, device=device).view(N, W)
+            near = places[:, :1] - before * W + torch.arange((before + 1 + after) * W, device=device)  # (N, S)
+            first = torch.arange(g, device=device).expand(N, g)
+            seen = self.sees(places, near, T) & (near >= g)[:, None]  # (1 or B, N, W, S)
+            self.masks["near", T] = torch.cat([self.sees(places, first, T), seen], dim=-1)
+        return self.masks["near", T]
+
 
 # ---------------------------------------------------------------- as written, and fused
 def drop(x: Tensor, p: float) -> Tensor:
@@ -106,7 +119,11 @@ def written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) -> Tensor:
-    """The same in one call that never stores the (T, S) scores (FlashAttention, Dao et al. 2022); local, in blocks."""
+    """The same in one call that never stores the (T, S) scores (FlashAttention, Dao et al. 2022).
+
+    A local layer goes in blocks, each in whichever way is faster. A layer that sees all of several documents holds a
+    mask of (T, S) truth values.
+    """
     if view.pays_in_blocks(q.size(-2), k.size(-2)):
         return attend_local(q, k, v, view, dropout)
     causal = view.only_causal(q.size(-2))
@@ -138,9 +155,7 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) ->
     B, H, T, D = q.shape
     W, g, (before, after) = BLOCK, min(view.n_global, T), view.neighbours
     N, S = -(-T // W), (before + 1 + after) * W
-    places = torch.arange(N * W, device=q.device).view(N, W)
-    near = places[:, :1] - before * W + torch.arange(S, device=q.device)  # (N, S)
-    mask = view.sees(places, near, T)  # (1 or B, N, W, S)
+    mask = view.near_mask(T, q.device).expand(B, N, W, g + S).reshape(B * N, 1, W, g + S)
     n = before + N + after  # blocks of a row and head, those of padding at both ends included
     row, block = torch.arange(B * H, device=q.device), torch.arange(n, device=q.device)
     looked_at = row.view(B, 1, H, 1) * n + block[:N, None, None] + block[: S // W]  # (B, N, H, S / W): their numbers
@@ -151,16 +166,13 @@ def attend_local(q: Tensor, k: Tensor, v: Tensor, view: View, dropout: float) ->
         found = F.embedding(looked_at, table).view(B, N, H, S, D)  # backward: whole blocks added up
         return torch.cat([x[:, None, :, :g].expand(B, N, H, g, D), found], dim=3) if g else found
 
-    first = torch.arange(g, device=q.device)
-    if g:  # where they are near too, they count once
-        mask = torch.cat([view.sees(places, first.expand(N, g), T), mask & (near >= g)[:, None]], dim=-1)
     queries = F.pad(q, (0, 0, 0, N * W - T)).view(B, H, N, W, D).transpose(1, 2)  # (B, N, H, W, D)
-    mask = mask.expand(B, *mask.shape[1:]).reshape(B * N, 1, W, -1)
     queries, keys, values = (x.reshape(B * N, H, -1, D) for x in (queries, blocks(k), blocks(v)))
     y = masked(queries, keys, values, mask, dropout).view(B, N, H, W, D)
     y = y.transpose(1, 2).reshape(B, H, N * W, D)[:, :, :T]
     if g:
-        mask = view.sees(first, torch.arange(T, device=q.device), T)[:, None]  # (1 or B, 1, g, T)
+        places = torch.arange(T, device=q.device)
+        mask = view.sees(places[:g], places, T)[:, None]  # (1 or B, 1, g, T)
         y = torch.cat([masked(q[:, :, :g], k, v, mask, dropout), y[:, :, g:]], dim=2)
     return y
 
@@ -200,7 +212,7 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]
         n, T = keys.size(2), k.size(2)
         first = (ends - n).clamp(min=0)[:, None]
-        places = (first + torch.arange(min(n, T), device=k.device)).clamp(max=T - 1)  # (B, min(S, T))
+        places = first + torch.arange(min(n, T), device=k.device)  # (B, min(S, T))
         rows = torch.arange(k.size(0), device=k.device)[:, None]
         keys[rows, :, places % n] = k.transpose(1, 2)[rows, places].to(keys.dtype)
         values[rows, :, places % n] = v.transpose(1, 2)[rows, places].to(values.dtype)

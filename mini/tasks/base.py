@@ -65,7 +65,7 @@ class Task:
     fixed_shape = False  # whether every batch has the same shape, and next to no padding
     predicted = 1.0  # the share of the tokens that meet the vocabulary
     labels: tuple[str, ...] | list[str] = ()  # of a classifier
-    cut: ClassVar[dict[str, dict[str, int]]] = {}  # nothing, where running text is tiled
+    cut: ClassVar[dict[str, dict[str, int]]] = {}  # of running text, which is tiled, nothing
 
     @classmethod
     def published_options(cls, config: ModelConfig, folder: str):

@@ -163,7 +163,7 @@ class MaskedLanguageModelling(Task):
             a, b = fit(middle - begin, b_end - b_begin, size)  # (B,) tokens of each segment
             a_begin = middle - a  # A loses its beginning and B its end, so what meets stays together
         else:
-            end = np.where(options.document_mask, len(text.tokens), end)
+            end = len(text.tokens) if options.document_mask else end
             a, b = np.minimum(end - begin, size), np.zeros(B, dtype=np.int64)
             a_begin, b_begin = begin, begin
 
@@ -179,7 +179,9 @@ class MaskedLanguageModelling(Task):
         tokens[:, 0] = self.tokenizer.cls
         segments = ((column >= b_start) & (column < lengths[:, None])).astype(np.int64)
 
-        allowed = (in_a | in_b) & (tokens != (-1 if self.tokenizer.eot is None else self.tokenizer.eot))
+        allowed = in_a | in_b
+        if self.tokenizer.eot is not None:  # a border between documents is no text to guess
+            allowed &= tokens != self.tokenizer.eot
         positions, targets = self.mask(tokens, allowed, indices, seed, rate)
         inputs = dict(tokens=tokens, segments=segments, lengths=lengths, positions=positions, targets=targets)
         if options.document_mask:  # [CLS] belongs to the first one, [SEP] to the last

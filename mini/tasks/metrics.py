@@ -110,7 +110,10 @@ def longest_common(a: list[str], b: list[str]) -> int:
 
 
 def rouge(predicted: str, gold: str) -> list[float]:
-    """ROUGE-1, -2 and -L (Lin 2004) as F1, of lower-case words of letters and digits a-z and 0-9, without stemming."""
+    """ROUGE-1, -2 and -L (Lin 2004) as F1, of lower-case words without stemming.
+
+    As in Google's rouge-score, words are made of a-z and 0-9 alone: of other scripts nothing is seen.
+    """
     p, g = (re.findall("[a-z0-9]+", text.lower()) for text in (predicted, gold))
     pairs = [(ngrams(p, n), ngrams(g, n)) for n in (1, 2)]
     return [f1(shared(a, b), len(a), len(b)) for a, b in pairs] + [f1(longest_common(p, g), len(p), len(g))]
@@ -135,15 +138,15 @@ def bleu_counts(predicted: str, gold: str) -> list[int]:
 
 
 def bleu(counts: list[float]) -> float:
-    """Papineni et al. 2002: clipped precisions' geometric mean, and a penalty where the predicted texts are short."""
+    """Papineni et al. 2002: clipped precisions' geometric mean, and a penalty where the predicted texts are short.
+
+    Nothing is smoothed: it is 0 where no four words in a row are right (sacrebleu's smooth_method "none").
+    """
     hits, totals, (predicted, gold) = counts[:4], counts[4:8], counts[8:]
     if not min(hits):
         return 0.0
     brevity = min(0.0, 1 - gold / predicted)
     return math.exp(brevity + sum(math.log(h / n) for h, n in zip(hits, totals, strict=True)) / 4)
-
-
-OVERLAP = 14  # numbers that overlap() gives
 
 
 def overlap(predicted: str, gold: str) -> list[float]:

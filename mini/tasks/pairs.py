@@ -14,7 +14,7 @@ from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, FileTask
 from mini.tasks.inputs import cut_note, cuts, pad
 from mini.tasks.lm import NextToken
-from mini.tasks.metrics import OVERLAP, overlap, overlap_figures
+from mini.tasks.metrics import overlap, overlap_figures
 from mini.text import python_docs
 from mini.text.rows import read_rows, rows_checksum
 from mini.text.tokenizer import Tokenizer
@@ -45,14 +45,18 @@ class PromptAnswers(NextToken, FileTask):
         self.tokenizer, self.max_len, self.options = tokenizer, max_len, options or PairsConfig()
         self.notes, self.cut = [], {}
         rows, valid_rows = read_pairs(train, "train"), read_pairs(valid, "valid")
-        self.train, self.valid = self.encode(rows, train, "train"), self.encode(valid_rows, valid, "valid")
-        self.group(seed, batch_size)
-        self.checksum = rows_checksum(self.train, self.valid)
         n = min(self.options.n_judged, len(valid_rows))
-        judged = [i * len(valid_rows) // n for i in range(n)]
-        self.golds = {i: valid_rows[i][2] for i in judged}
-        copies = [overlap(first_sentence(valid_rows[i][1]), valid_rows[i][2]) for i in judged]
-        self.copied = overlap_figures(np.sum(copies, axis=0).tolist()) if n else {}
+        judged = {i * len(valid_rows) // n: k for k, i in enumerate(range(n))}  # {row: its number among them}
+        self.golds = [valid_rows[row][2] for row in judged]
+        self.prompts = [valid_rows[row][1] for row in judged]
+        self.train = self.encode(rows, train, "train", {})
+        self.valid = self.encode(valid_rows, valid, "valid", judged)
+        self.group(seed, batch_size)
+        self.checksum = rows_checksum([e[:2] for e in self.train], [e[:2] for e in self.valid])
+        self.longest = min(self.options.max_answer, max_len // 2)  # the rest of max_len is for the prompt
+        if n_long := sum(len(ids) - begin > self.longest for ids, begin, number in self.valid if number >= 0):
+            self.notes.append(f"{valid}: {n_long} of {n} answers to judge have more than the {self.longest} tokens "
+                              "that are generated (--max_answer, and half of --max_len)")  # fmt: skip
 
     @staticmethod
     def texts(path: str) -> Iterator[str]:
@@ -63,75 +67,85 @@ class PromptAnswers(NextToken, FileTask):
     def fits(cls, config: ModelConfig) -> bool:
         return False  # from its heads a model is told to be of language modelling
 
-    def encode(self, rows: list[tuple[str, str, str]], path: str, split: str) -> list[tuple[list[int], int, int]]:
-        """(ids, number of ids before the answer, number of the row). Long prompts lose their beginning, as is noted."""
+    def encode(
+        self, rows: list[tuple[str, str, str]], path: str, split: str, judged: dict[int, int]
+    ) -> list[tuple[list[int], int, int]]:
+        """(ids, number of ids before the answer, its number in golds or -1) of each row.
+
+        Long prompts lose their beginning, as is noted.
+        """
         encoded, lengths, rooms = [], [], []
-        for number, (place, prompt, answer) in enumerate(rows):
+        for row, (place, prompt, answer) in enumerate(rows):
             answer_ids, ids = [*self.tokenizer.encode(answer), self.tokenizer.eot], self.tokenizer.encode(prompt)
             if not ids or len(answer_ids) < 2:
                 raise UserError(f"{place}: the {'answer' if ids else 'prompt'} is empty")
             room = self.max_len + 1 - len(answer_ids)  # for the prompt; the last token is a target only
             if room < 1:
-                raise UserError(f"{place}: the answer has {len(answer_ids)} tokens, --max_len is {self.max_len}")
+                raise UserError(f"{place}: the answer has {len(answer_ids)} tokens, --max_len is {self.max_len}: "
+                                "give a larger one")  # fmt: skip
             lengths.append(len(ids))
             rooms.append(room)
             ids = ids[-room:]
-            encoded.append((ids + answer_ids, len(ids), number))
+            encoded.append((ids + answer_ids, len(ids), judged.get(row, -1)))
         self.cut[split] = cuts(lengths, rooms)
         what = f"prompts lose their beginning, as with the answer they are longer than --max_len {self.max_len}"
         self.notes += cut_note(path, what, self.cut[split])
         return encoded
 
     def collate(self, examples: list[tuple[list[int], int, int]]) -> Batch:
-        """tokens and targets (B, T), padded at the right; targets IGNORE up to the answer; begins, rows (B,)."""
+        """tokens and targets (B, T), padded at the right; targets IGNORE up to the answer; begins, numbers (B,)."""
         targets = [[IGNORE] * (begin - 1) + ids[begin:] for ids, begin, _ in examples]
         tokens = pad([ids[:-1] for ids, _, _ in examples], self.tokenizer.eot)
+        _, begins, numbers = zip(*examples, strict=True)
         inputs = {"tokens": tokens, "targets": pad(targets, IGNORE)}
-        _, begins, rows = zip(*examples, strict=True)
-        inputs |= {"begins": torch.tensor(begins), "rows": torch.tensor(rows)}
+        inputs |= {"begins": torch.tensor(begins), "numbers": torch.tensor(numbers)}
         answers = [ids[begin:] for ids, begin, _ in examples]
         n_bytes = sum(int(self.tokenizer.byte_lengths[ids].sum()) for ids in answers)
         return Batch(inputs, {"lm": sum(map(len, answers))}, sum(len(ids) - 1 for ids, _, _ in examples), n_bytes)
 
     def measure(self, model: Model, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss, and what the answers to this batch's chosen prompts have in common with the true ones."""
-        chosen = [i for i, row in enumerate(inputs["rows"].tolist()) if row in self.golds]
-        sums = torch.zeros(OVERLAP, dtype=torch.float64)
-        if chosen:
-            lengths = inputs["begins"][chosen]
-            answers = self.answer(
-                model, inputs["tokens"][chosen, : int(lengths.max())], lengths, self.options.max_answer
-            )
-            golds = [self.golds[row] for row in inputs["rows"][chosen].tolist()]
-            sums += torch.tensor([overlap(*pair) for pair in zip(answers, golds, strict=True)]).sum(0)
-        return self.loss(model, inputs) | {"overlap": sums}
+        """The loss, and what greedy answers to this batch's chosen prompts have in common with the true ones."""
+        losses, sums = self.loss(model, inputs), np.zeros(len(overlap("", "")))
+        prompts, numbers = [], []
+        for row, begin, number in zip(
+            *(inputs[name].tolist() for name in ("tokens", "begins", "numbers")), strict=True
+        ):
+            if number >= 0:
+                prompts.append(row[max(0, begin - self.max_len + self.longest) : begin])
+                numbers.append(number)
+        if prompts and bool(torch.isfinite(losses["lm"])):  # else the run has diverged, as the loop will say
+            written = self.write(model, prompts, self.longest)
+            sums = np.sum([overlap(text, self.golds[i]) for text, i in zip(written, numbers, strict=True)], axis=0)
+        return losses | {"overlap": torch.from_numpy(sums)}
 
     def metrics(self, sums: dict[str, Tensor]) -> dict:
-        figures = super().metrics(sums)
-        if not self.golds:
+        figures, found = super().metrics(sums), sums["overlap"].tolist()
+        if not found[0]:
             return figures
-        judged = overlap_figures(sums["overlap"].tolist())
-        return figures | judged | {f"copied_{name}": value for name, value in self.copied.items()}
+        pairs = zip(map(first_sentence, self.prompts), self.golds, strict=True)
+        copied = overlap_figures(np.sum([overlap(*pair) for pair in pairs], axis=0).tolist())
+        return figures | overlap_figures(found) | {f"copied_{name}": value for name, value in copied.items()}
 
     def summary(self, result: dict) -> list[str]:
-        lines = super().summary(result)
-        if self.golds:
-            copied = ", ".join(f"{name} {result[f'copied_{name}']:.4f}" for name in self.copied)
-            mine = ", ".join(f"{name} {result[name]:.4f}" for name in self.copied)
-            lines.append(f"{len(self.golds)} answers: {mine} (copying the prompt's first sentence: {copied})")
-        return lines
+        names = [name.removeprefix("copied_") for name in result if name.startswith("copied_")]
+        mine, copied = (", ".join(f"{n} {result[mark + n]:.4f}" for n in names) for mark in ("", "copied_"))
+        judged = f"{len(self.golds)} answers: {mine} (copying the prompt's first sentence: {copied})"
+        return super().summary(result) + ([judged] if names else [])
 
-    def answer(self, model: Model, prompts: Tensor, lengths: Tensor, most: int) -> list[str]:
-        """The greedy answers to prompts (B, T) of these lengths (B,)."""
-        out = model.generate(prompts, most, lengths=lengths, stop=[self.tokenizer.eot]).tolist()
-        new = (row[begin : begin + most] for row, begin in zip(out, lengths.tolist(), strict=True))
+    def write(self, model: Model, prompts: list[list[int]], most: int) -> list[str]:
+        """The greedy answers to prompts, of `most` tokens at the most."""
+        device = next(model.parameters()).device
+        tokens, lengths = pad(prompts, self.tokenizer.eot), [len(prompt) for prompt in prompts]
+        out = model.generate(tokens.to(device), most, lengths=torch.tensor(lengths, device=device),
+                             stop=[self.tokenizer.eot])  # fmt: skip
+        n = out.size(1) - tokens.size(1)  # fewer than `most` where all have ended
+        new = (row[length : length + n] for row, length in zip(out.tolist(), lengths, strict=True))
         return [self.tokenizer.decode([i for i in ids if i != self.tokenizer.eot]) for ids in new]
 
     def sample(self, model: Model) -> str:
         ids, begin, _ = self.valid[0]
-        prompt = torch.tensor([ids[:begin]], device=next(model.parameters()).device)
-        (answer,) = self.answer(model, prompt, torch.tensor([begin], device=prompt.device), 40)
-        return f"{self.tokenizer.decode(ids[:begin])}\n-> {answer}"
+        (written,) = self.write(model, [ids[:begin]], 40)
+        return f"{self.tokenizer.decode(ids[:begin])}\n-> {written}"
 
     def example(self) -> list[str]:
         ids, begin, _ = self.valid[0]
@@ -146,4 +160,6 @@ def read_pairs(path: str, split: str) -> list[tuple[str, str, str]]:
 
 
 def first_sentence(text: str) -> str:
-    return re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
+    """A hundred words of it at the most, for texts without sentences."""
+    sentence = re.split(r"(?<=[.!?])\s+(?=\W?[A-Z0-9])|\n\s*\n", text.strip(), maxsplit=1)[0]
+    return " ".join(sentence.split()[:100])

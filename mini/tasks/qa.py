@@ -86,7 +86,8 @@ class QuestionAnswering(FileTask):
         self.train, train_cut = cut_windows(questions, tokenizer, max_len, options)
         self.valid, valid_cut = cut_windows(self.questions, tokenizer, max_len, options)
         self.cut = {"train": train_cut, "valid": valid_cut}
-        self.notes += questions_note(train, train_cut) + questions_note(valid, valid_cut)
+        longest = longest_question(max_len, options)
+        self.notes += questions_note(train, train_cut, longest) + questions_note(valid, valid_cut, longest)
         self.group(seed, batch_size)
         digest = hashlib.sha256()
         for w in [*self.train, *self.valid]:
@@ -221,7 +222,7 @@ def cut_windows(
     if None in (tokenizer.cls, tokenizer.sep, tokenizer.pad):
         raise UserError("the tokenizer has no [CLS], [SEP] and [PAD], which questions need: use another one")
     windows, context, lengths = [], None, []
-    longest = min(options.max_question, max_len // 2)
+    longest = longest_question(max_len, options)
     for number, question in enumerate(questions):
         if question.context != context:  # several questions in a row share theirs
             context = question.context
@@ -242,8 +243,12 @@ def cut_windows(
     return windows, cuts(lengths, [longest] * len(lengths))
 
 
-def questions_note(where: str, cut: dict[str, int]) -> list[str]:
-    return cut_note(where, "questions are cut to --max_question or half of --max_len", cut)
+def longest_question(max_len: int, options: QAConfig) -> int:
+    return min(options.max_question, max_len // 2)
+
+
+def questions_note(where: str, cut: dict[str, int], longest: int) -> list[str]:
+    return cut_note(where, f"questions are cut to {longest} tokens", cut)
 
 
 def answer_tokens(question: Question, spans: np.ndarray) -> tuple[int, int]:

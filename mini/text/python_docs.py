@@ -17,10 +17,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from mini.errors import UserError
 
 SKIPPED = {"encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "turtledemo"}
 TOPICS = "pydoc_data/topics.py"
+NO_SOURCES = "python-docs: this Python came without sources; give --train and --valid files"
 LONG = 60  # characters from which a paragraph that stands in two places is a copy and no coincidence
 
 
@@ -31,7 +34,11 @@ def documents(library: Path | None = None) -> list[str]:
     in two of them: what is held out, in whole documents, is not seen in training.
     library: the folder of a standard library's sources; this Python's by default. Raises UserError without sources.
     """
-    library = library or standard_library()
+    return [*named_documents(library or standard_library()).values()]
+
+
+def named_documents(library: Path) -> dict[str, str]:
+    """The same by name, "topic .." and "module ..", in that order."""
     texts: dict[str, str] = {}
     seen: set[str] = set()
     topics = read_topics(library)
@@ -40,15 +47,14 @@ def documents(library: Path | None = None) -> list[str]:
         long = long_paragraphs(topics[name])
         if len(long & seen) <= len(long) / 2:
             texts[f"topic {name}"] = without_copies(topics[name], seen)
-    for name, path in modules(library).items():
-        module = parse(path)
-        entries = [(name, ast.get_docstring(module) or ""), *definitions(module, name)]
+    for name, docstring, found in docstrings(library):
+        entries = [(name, docstring), *found]
         entries = [(heading, without_copies(text, seen)) for heading, text in entries]
         texts[f"module {name}"] = "\n\n".join(f"{heading}\n\n{text}" for heading, text in entries if text)
     names = sorted((name for name in texts if texts[name]), key=name_hash)
     if not names:
         raise UserError(f"python-docs: this Python came without sources ({library}); give --data a text file")
-    return [texts[name] + "\n" for name in names]
+    return {name: texts[name] + "\n" for name in names}
 
 
 def name_hash(name: str) -> bytes:
@@ -100,6 +106,13 @@ def read_topics(library: Path) -> dict[str, str]:
     return {}
 
 
+@functools.cache  # of files that do not change while a program runs; reading them takes seconds
+def docstrings(library: Path) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(name, docstring, definitions) of each module, in the order of the files."""
+    parsed = ((name, parse(path)) for name, path in modules(library).items())
+    return [(name, ast.get_docstring(tree) or "", [*definitions(tree, name)]) for name, tree in parsed]
+
+
 def definitions(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     """(heading, docstring) of all that is defined in a module or class of this name, in the order of the file."""
     for child in ast.iter_child_nodes(node):
@@ -140,7 +153,15 @@ def questions(split: str, library: Path | None = None) -> dict:
     drawn by their hashes. A question is one of the descriptions, its id the full name, its answer the name.
     split: "train", or "valid": a tenth or more of the questions, in whole top-level modules, drawn by their hashes.
     """
-    chosen = part(descriptions(library or standard_library()), split)
+    described = descriptions(library or standard_library())
+    sizes = Counter(full.split(".")[0] for full, _, _ in described)
+    held_out: set[str] = set()
+    for module in sorted(sizes, key=name_hash):
+        if sum(sizes[name] for name in held_out) < len(described) / 10:
+            held_out.add(module)
+    chosen = [entry for entry in described if (entry[0].split(".")[0] in held_out) == (split == "valid")]
+    if not chosen:
+        raise UserError(NO_SOURCES)
     n = max(1, len(chosen) // 6)
     paragraphs = []
     for i in range(n):
@@ -154,29 +175,15 @@ def questions(split: str, library: Path | None = None) -> dict:
     return {"version": "1.1", "data": [{"title": f"python-docs {split}", "paragraphs": paragraphs}]}
 
 
-def part(entries: tuple[tuple[str, ...], ...], split: str) -> list[tuple[str, ...]]:
-    """Of (full name, ..) those of a split: "valid" has the top-level modules that `questions` tells of."""
-    sizes = Counter(entry[0].split(".")[0] for entry in entries)
-    held_out: set[str] = set()
-    for module in sorted(sizes, key=name_hash):
-        if sum(sizes[name] for name in held_out) < len(entries) / 10:
-            held_out.add(module)
-    chosen = [entry for entry in entries if (entry[0].split(".")[0] in held_out) == (split == "valid")]
-    if not chosen:
-        raise UserError("python-docs: this Python came without sources; give --train and --valid files")
-    return chosen
-
-
-@functools.cache  # of files that do not change while a program runs; reading them takes seconds
-def descriptions(library: Path) -> tuple[tuple[str, str, str], ...]:
+def descriptions(library: Path) -> list[tuple[str, str, str]]:
     """(full name, name, first sentence of its docstring) of what is public, in the order of the sources.
 
     Only sentences of 4 to 25 words that do not tell the name, and each sentence once: so none stands for two names,
     and none of the validation's is in training.
     """
     found = {}
-    for module, path in modules(library).items():
-        for heading, docstring in definitions(parse(path), module):
+    for _, _, entries in docstrings(library):
+        for heading, docstring in entries:
             full = heading.removeprefix("class ").split("(")[0]
             name = full.split(".")[-1]
             sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", one_line(docstring.split("\n\n")[0]))[0]
@@ -184,27 +191,31 @@ def descriptions(library: Path) -> tuple[tuple[str, str, str], ...]:
             public = not name.startswith("_") and sentence[:1].isalpha()
             if public and 4 <= len(sentence.split()) <= 25 and name.lower() not in plain:
                 found.setdefault(plain, (full, name, sentence))
-    return tuple(found.values())
+    return [*found.values()]
 
 
 # ---------------------------------------------------------------- summaries
 def summaries(split: str, library: Path | None = None) -> list[tuple[str, str, str]]:
-    """(full name, the body of a docstring, its first line) of what is defined in the library, split as `questions` is.
+    """(full name, the body of a docstring, its first line) of what is defined in the library.
 
     The first line stands alone, as PEP 257 asks; bodies have 10 words or more, and no body and no line occurs twice.
+    split: "train", or "valid": the modules in the last tenth of `documents`, which pretraining holds out as well.
     """
-    return part(bodies(library or standard_library()), split)
-
-
-@functools.cache
-def bodies(library: Path) -> tuple[tuple[str, str, str], ...]:
+    library = library or standard_library()
+    texts = named_documents(library)
+    ends = np.cumsum([len(text.encode()) for text in texts.values()])
+    first = 1 + int(np.abs(ends[:-1] - 0.9 * ends[-1]).argmin())  # the nearest border, as corpus.choose_cut has it
+    held_out = {name.removeprefix("module ") for name in [*texts][first:]}
     found, seen = [], set()
-    for module, path in modules(library).items():
-        for heading, docstring in definitions(parse(path), module):
-            first, _, body = docstring.partition("\n\n")
-            first, body = first.strip(), body.strip()
-            new = not {first.lower(), body} & seen
-            if new and "\n" not in first and len(first.split()) >= 3 and len(body.split()) >= 10:
-                found.append((heading.removeprefix("class ").split("(")[0], body, first))
-                seen |= {first.lower(), body}
-    return tuple(found)
+    for module, _, entries in docstrings(library):
+        for heading, docstring in entries:
+            line, _, body = docstring.partition("\n\n")
+            line, body = line.strip(), body.strip()
+            new = not {line.lower(), body} & seen
+            if new and "\n" not in line and len(line.split()) >= 3 and len(body.split()) >= 10:
+                seen |= {line.lower(), body}
+                if (module in held_out) == (split == "valid"):
+                    found.append((heading.removeprefix("class ").split("(")[0], body, line))
+    if not found:
+        raise UserError(NO_SOURCES)
+    return found

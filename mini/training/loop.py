@@ -186,8 +186,10 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     result = {
         **(state["best"] if objective.best else figures), "steps": steps, "tokens": state["tokens"],
         **speed.overall(state), "seconds": time.perf_counter() - began, "parameters": model.num_params(),
-        "device": str(world.device), "dtype": str(dtype).removeprefix("torch."), "cut": task.cut,
+        "device": str(world.device), "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
+    if task.cut:
+        result["cut"] = task.cut
     if world.main:
         finish(model, result, state, folder)
     return result

@@ -26,6 +26,7 @@ from mini.training.optim import OptimConfig
 
 FINETUNE = dict(optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01, epochs=3.0,
                 batch_size=32, eval_every=0, sample_every=0)  # fmt: skip
+TEXT_FLAGS = {"data", "valid_fraction", "separator", "errors"}  # of text to pretrain on
 MUON_FINETUNE = 0.002  # its learning rate there (docs/log.md)
 
 
@@ -81,6 +82,8 @@ def read_settings(argv: list[str], description: str, kind: str, presets: dict, f
     settings = Settings(kind, *objects[:5], *(objects[5:] or [None]), given)
     if task.pretrains and settings.data.train:
         raise UserError(f"--train is a file to fine-tune on; --task {name} reads --data")
+    if task.reads_text and not task.pretrains and (unused := given & TEXT_FLAGS):
+        raise UserError(f"--{min(unused)} is of text to pretrain on; --task {name} reads --train and --valid")
     if not task.reads_text and (unused := given & (field_names(DataConfig) - {"tokenizer"})):
         raise UserError(f"--{min(unused)} has no effect here: --task {name} makes its examples itself; leave it out")
     check_length(settings)

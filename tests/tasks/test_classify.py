@@ -1,4 +1,4 @@
-"""Labelled texts, and prompts with answers."""
+"""Labelled texts: how they are read, cut, grouped and varied."""
 
 import numpy as np
 import pytest

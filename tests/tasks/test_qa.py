@@ -211,8 +211,8 @@ def test_a_long_question_is_cut_and_a_short_context_is_enough():
 def test_long_questions_are_counted():
     _, cut = cut_windows([question("one two three four five six?"), question("one?")], Words(), 32, options(9, 3))
     assert cut == {"texts": 2, "cut": 1, "tokens": 9, "lost": 4}
-    (note,) = questions_note("a.json", cut)
-    assert note.startswith("a.json: 1 of 2 questions are cut") and note.endswith(
+    (note,) = questions_note("a.json", cut, 3)
+    assert note.startswith("a.json: 1 of 2 questions are cut to 3 tokens") and note.endswith(
         "4 of all 9 tokens are not read (44.4%)"
     )
 
