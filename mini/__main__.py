@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mini import ablate as ablations
 from mini import bench as benchmarks
 from mini.compression import rewrite as rewriting
 from mini.flags import Checked, UserError, dispatch, of_type, option, parse_flags, peek, run_command
@@ -392,6 +393,11 @@ def bench(argv: list[str]) -> None:
     benchmarks.bench(options, config)
 
 
+def ablate(argv: list[str]) -> None:
+    (options,), _ = parse_flags(argv, [ablations.AblateOptions], ablations.AblateOptions.__doc__)
+    ablations.ablate(options)
+
+
 COMMANDS = {
     "sample": (sample, "continue a prompt with a GPT"),
     "fill": (fill, "fill [MASK] in a text with a BERT"),
@@ -400,6 +406,7 @@ COMMANDS = {
     "embed": (embed, "texts -> vectors"),
     "rewrite": (rewrite, "labelled texts -> more of them, to train on"),
     "tokens": (tokens, "text -> token folder"),
+    "ablate": (ablate, "train arms with several seeds, and tell which differences are real"),
     "bench": (bench, "measure training and generation on this machine"),
 }
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mini.flags import Checked, UserError, option
+from mini.model.transformer import Model
 from mini.tasks.base import Batch, Task
 from mini.tasks.order import mix
 from mini.training import checkpoints
@@ -46,9 +47,17 @@ class TrainConfig(Checked):
 
     steps: int = option(1000, "optimizer steps", low=0)
     epochs: float = option(0.0, "passes over the training data, instead of --steps", low=0)
+    tokens: float = option(0.0, "tokens to train on, instead of --steps; for tasks of texts of one length", low=0)
+    flops: float = option(
+        0.0, "arithmetic to train with (3 forward passes a step), instead of --steps; as above", low=0
+    )
+    max_seconds: float = option(0.0, "end sooner, by the clock, the learning rate falling with it; 0: no limit", low=0)
     batch_size: int = option(16, "global batch in sequences, over all ranks and parts", low=1, high=10**7)
     accumulation: int = option(1, "parts into which each rank cuts its share of the batch", low=1, resume=True)
     seed: int = option(1, "seed of weights, order and dropout", low=0, high=2**63 - 1)
+    data_seed: int | None = option(
+        None, "seed of the order, and of what is masked; none: --seed", low=0, high=2**63 - 1
+    )
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("auto", "of matrix products; auto: bfloat16 if in hardware", ("auto", "bfloat16", "float32"))
     compile: str = option("auto", "torch.compile; auto: on GPUs (CPUs' sums would vary)", ("auto", "true", "false"))
@@ -62,11 +71,20 @@ class TrainConfig(Checked):
 
     @property
     def trains(self) -> bool:
-        return bool(self.steps or self.epochs)
+        return bool(self.steps or self.epochs or self.tokens or self.flops)
 
-    def total_steps(self, n: int) -> int:
-        """With n training examples."""
-        return max(1, round(self.epochs * n / self.batch_size)) if self.epochs else self.steps
+    def total_steps(self, task: Task, model: Model) -> int:
+        if self.epochs:
+            return max(1, round(self.epochs * task.n / self.batch_size))
+        if not (self.tokens or self.flops):
+            return self.steps
+        if not task.fixed_shape:
+            raise UserError(
+                f"--{'tokens' if self.tokens else 'flops'}: this task's texts differ in length; give --epochs"
+            )
+        T = model.config.max_len
+        work = 3 * model.flops(T, task.predicted) * T * self.batch_size  # of a step, as Kaplan et al. 2020 count
+        return max(1, round(self.tokens / (self.batch_size * T) if self.tokens else self.flops / work))
 
 
 RESERVED = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}  # names in metrics.jsonl that no loss may have
@@ -95,7 +113,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     """
     objective = objective or task
     size = micro_batch_size(options, world)
-    steps, eval_every = options.total_steps(task.n), options.eval_every
+    steps, eval_every = options.total_steps(task, model), options.eval_every
     if objective.best and not eval_every:
         eval_every = -(-task.n // options.batch_size)  # each epoch
 
@@ -127,7 +145,11 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         for step in range(state["step"], steps):
             stop = world.highest(interrupts.received)
             clock = time.perf_counter()
-            share = schedule(step, steps, optim)
+            at = step
+            if options.max_seconds:  # as far along as the clock is, or the steps
+                spent = world.highest(round(1000 * (clock - began))) / 1000 / options.max_seconds
+                at = max(step, min(steps - 1, int(spent * steps)))
+            share = schedule(at, steps, optim)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak_lr"] * share
             batches = micro_batches(task, step, size, options, world)
@@ -141,8 +163,8 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            done, last = step + 1, step + 1 == steps
-            settled = False not in [method.after_step(done, steps) for method in methods]
+            done, last = step + 1, at + 1 == steps
+            settled = False not in [method.after_step(at + 1, steps) for method in methods]
             state |= {"step": done, "tokens": state["tokens"] + n_tokens}
             state["train_seconds"] += time.perf_counter() - clock
             bar.update()
@@ -176,6 +198,8 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
                     world.say(f"interrupted: {saved} is written; the same command goes on from there")
                 world.leave()
                 raise SystemExit(128 + stop)
+            if last:
+                break
 
     model.learning = nn.ModuleDict()  # it has served
     if not steps:  # a run that is only judged
@@ -184,7 +208,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
             raise UserError(f"{folder}: the validation loss is {figures['val_loss']}: the weights are of no use")
         world.say(describe(figures))
     result = {
-        **(state["best"] if objective.best else figures), "steps": steps, "tokens": state["tokens"],
+        **(state["best"] if objective.best else figures), "steps": state["step"], "tokens": state["tokens"],
         **speed.overall(state), "seconds": time.perf_counter() - began, "parameters": model.num_params(),
         "device": str(world.device), "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip

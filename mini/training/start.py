@@ -104,11 +104,11 @@ def other_optimizer(argv: list[str], defaults: dict, pretrains: bool, share: flo
 
 
 def check_length(settings: Settings) -> None:
-    """--steps or --epochs, whichever was given."""
-    if {"steps", "epochs"} <= settings.given:
-        raise UserError("--steps and --epochs: give one of them")
-    if "steps" in settings.given:
-        settings.train.epochs = 0.0
+    """--steps, --epochs, --tokens or --flops, whichever was given."""
+    if len(given := sorted({"steps", "epochs", "tokens", "flops"} & settings.given)) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]}: give one of them")
+    for other in {"epochs", "tokens", "flops"} - set(given) if given else ():
+        setattr(settings.train, other, 0.0)
 
 
 def open_init(settings: Settings, init: str) -> None:
@@ -197,7 +197,8 @@ def open_task(settings: Settings, world: World) -> Task:
         train, valid = data.train, data.valid
         tokenizer = tokenizer or make_tokenizer(data.tokenizer, lambda: task.texts(train), model.vocab_size, special)
     settings.tokenizer = tokenizer
-    return task(train, valid, tokenizer, model.max_len, training.seed, training.batch_size, settings.task_options)
+    seed = training.seed if training.data_seed is None else training.data_seed
+    return task(train, valid, tokenizer, model.max_len, seed, training.batch_size, settings.task_options)
 
 
 def open_own_task(settings: Settings, world: World) -> Task:

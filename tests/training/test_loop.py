@@ -8,15 +8,21 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, Forked, command_line, environment, last_json, lm_loss, metrics, signalled
 
 from mini import load_run
+from mini.errors import UserError
 from mini.tensors import load_tensors
 from mini.training.checkpoints import newest_checkpoint
-from mini.training.loop import is_better
+from mini.training.devices import World
+from mini.training.loop import TrainConfig, is_better
+from mini.training.start import open_run, open_task
 
 QUICK = [*TINY, "--sample_every", 0, "--eval_every", 0, "--log_every", 1]
 
@@ -272,6 +278,47 @@ def test_two_processes_cannot_train_in_one_folder(dropout_run, cache, tmp_path, 
     finally:
         os.kill(first.process, signal.SIGKILL)
     assert first.wait().returncode == -signal.SIGKILL
+
+
+def test_budgets(gpt):
+    """In tokens, or in arithmetic: three forward passes a step, by the model's own count."""
+    model, task = load_run(gpt)[0], SimpleNamespace(n=100, fixed_shape=True, predicted=1.0)
+    step = 8 * model.config.max_len  # tokens
+    assert TrainConfig(batch_size=8, tokens=10.4 * step).total_steps(task, model) == 10
+    flops = 3 * model.flops(model.config.max_len) * step
+    assert TrainConfig(batch_size=8, flops=7 * flops).total_steps(task, model) == 7
+    assert TrainConfig(batch_size=16, flops=7 * flops).total_steps(task, model) == 4
+    assert TrainConfig(batch_size=8, flops=1).total_steps(task, model) == 1
+    assert TrainConfig(batch_size=8, epochs=2).total_steps(task, model) == 25
+    task.fixed_shape = False
+    with pytest.raises(UserError, match="--tokens: this task's texts differ in length"):
+        TrainConfig(tokens=1e6).total_steps(task, model)
+
+
+def test_the_clock_ends_a_run_with_its_schedule(text_file, tmp_path, command):
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 10**6, "--schedule", "linear", "--lr", 0.01]
+    result = last_json(command(*flags, "--max_seconds", 2, "--out", tmp_path / "run"))
+    rows = metrics(tmp_path / "run")
+    assert 0 < result["steps"] == rows[-1]["step"] < 10**6 and rows[-1]["val_loss"] == result["val_loss"]
+    assert rows[-1]["lr"] < 1e-7 < 1e-4 < max(row["lr"] for row in rows)
+    again = command(*flags, "--max_seconds", 2, "--out", tmp_path / "run")
+    assert "finished already" in again.stdout and last_json(again) == result
+
+
+def test_the_order_has_a_seed_of_its_own(text_file, tmp_path, command):
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 3, "--zero_init", "false"]
+    losses = {}
+    for seeds in ((1, None), (1, 1), (1, 2), (2, 1)):
+        more = [] if seeds[1] is None else ["--data_seed", seeds[1]]
+        command(*flags, "--seed", seeds[0], *more, "--out", out := tmp_path / "-".join(map(str, seeds)))
+        losses[seeds] = [row["loss"] for row in metrics(out)]
+    assert losses[1, None] == losses[1, 1] and losses[1, 1] != losses[1, 2] != losses[2, 1] != losses[1, 1]
+    order = {}
+    for seed, data_seed in ((1, 2), (3, 2), (2, None)):
+        settings = open_run(str(tmp_path / "1-2"))
+        settings.train = replace(settings.train, seed=seed, data_seed=data_seed)
+        order[seed] = open_task(settings, World("cpu")).batch(np.arange(4)).inputs["tokens"].tolist()
+    assert order[1] == order[3] == order[2]
 
 
 def test_init_starts_from_the_weights(dropout_run, text_file, tmp_path, command):
