@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from mini.compression.distill import RECIPES, Distillation, DistillConfig, make_student
-from mini.compression.report import memory
 from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
@@ -24,7 +23,7 @@ from mini.text.corpus import DataConfig, open_corpus
 from mini.text.tokenizer import ByteTokenizer, train_bpe
 from mini.text.tokens import BPE_BYTES, TokenFile, write_tokens
 from mini.training.checkpoints import read_metrics
-from mini.training.devices import World, can_compile, device_name, pick_dtype
+from mini.training.devices import World, can_compile, device_name, peak_memory, pick_dtype
 from mini.training.loop import TrainConfig, train
 from mini.training.optim import OptimConfig
 from mini.training.runs import MODELS
@@ -170,5 +169,5 @@ def tokenization(options: BenchOptions, config: ModelConfig, world: World) -> di
     return {
         "bpe_training_seconds": trained - start,
         "encoding_mb_per_s": (train_split.n_bytes + valid_split.n_bytes) / 1e6 / seconds,
-        "peak_memory_mb": memory(torch.device("cpu")),
+        "peak_memory_mb": peak_memory(torch.device("cpu")),
     }

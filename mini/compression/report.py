@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import platform
 import statistics
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from mini.model.attention import KVCache
 from mini.model.transformer import Model
 from mini.storage import read_json, write_json, write_text
 from mini.tensors import digest_tensors, load_tensors, save_tensors
-from mini.training.devices import World, can_compile, device_name, keep_memory, pick_device
+from mini.training.devices import World, can_compile, device_name, keep_memory, peak_memory, pick_device
 from mini.training.loop import evaluate
 from mini.training.runs import check_output, load_model
 from mini.training.speed import call_times, load_pyplot
@@ -204,7 +203,7 @@ def measure(run: str, form: str, outputs: Path, options: ReportOptions) -> dict:
     """
     warnings.simplefilter("ignore")  # of this process alone
     world = World(options.device)
-    empty = memory(world.device)
+    empty = peak_memory(world.device)
     settings = open_run(run)
     model = settings.source.eval()
     compiled = options.compile and can_compile(world.device, lambda why: None)
@@ -218,11 +217,11 @@ def measure(run: str, form: str, outputs: Path, options: ReportOptions) -> dict:
     settings.source = None
     gc.collect()
 
-    memory(world.device)  # loading does not count
+    peak_memory(world.device)  # loading does not count
     keep_memory()
     with torch.inference_mode():
         figures |= latencies(model, options, compiled, world.device)
-    figures["memory_mb"] = memory(world.device) - empty
+    figures["memory_mb"] = peak_memory(world.device) - empty
     task = open_own_task(settings, world)
     judged = evaluate(model, task, world, torch.float32, 8)
     figures |= {name: value for name, value in judged.items() if isinstance(value, float)}
@@ -310,20 +309,3 @@ def latency(call: Callable, repeats: int, device: torch.device) -> tuple[float, 
     times = call_times(call, repeats + 3, device)[3:]
     fast, *_, slow = statistics.quantiles(times, n=10) if repeats > 1 else times * 2
     return 1000 * statistics.median(times), slow / fast
-
-
-def memory(device: torch.device) -> float:
-    """The most memory this process has held since the last call, in MB; of a GPU, what tensors take there."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak / 1e6
-    try:
-        status = Path("/proc/self/status").read_text()
-        Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
-        return int(status.split("VmHWM:")[1].split()[0]) / 1000
-    except (OSError, IndexError):  # not Linux: the peak since the process began
-        import resource  # which Windows has not
-
-        unit = 1e6 if sys.platform == "darwin" else 1e3
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -23,7 +23,7 @@ from mini.training.start import Settings, check_length, open_run, other_optimize
 HEAL_LR = 0.3
 HEAL = dict(steps=0, epochs=0.0, schedule="linear", warmup=0.05, min_lr=0.0, eval_every=0, sample_every=0,
             checkpoint_every=250)  # fmt: skip
-NOT_SHOWN = ("seconds", "tokens_per_s", "mfu", "sparsity")  # of the run before
+NOT_SHOWN = ("seconds", "tokens_per_s", "mfu", "memory_mb", "sparsity")  # of the run before
 
 
 @dataclass

@@ -161,6 +161,23 @@ def keep_memory() -> None:
             mallopt(M_TOP_PAD, 2**28)
 
 
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has held since the last call, in MB; of a GPU, what tensors take there."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 1e6
+    try:
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")  # begins a new peak
+        return int(status.split("VmHWM:")[1].split()[0]) / 1000
+    except (OSError, IndexError):  # not Linux: the peak since the process began
+        import resource  # which Windows has not
+
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def progress_bar(iterable: Iterable | None = None, **options) -> tqdm:
     """A bar that is drawn ten times a second on a terminal, and twice a minute in a log file."""
     return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30, dynamic_ncols=True, **options)

@@ -36,7 +36,7 @@ from mini.model.transformer import Model
 from mini.tasks.base import Batch, Task
 from mini.tasks.order import mix
 from mini.training import checkpoints
-from mini.training.devices import World, can_compile, keep_memory, pick_dtype, progress_bar
+from mini.training.devices import World, can_compile, keep_memory, peak_memory, pick_dtype, progress_bar
 from mini.training.optim import OptimConfig, make_optimizers, schedule
 from mini.training.speed import Speedometer, plot_metrics
 
@@ -118,6 +118,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         eval_every = -(-task.n // options.batch_size)  # each epoch
 
     keep_memory()
+    peak_memory(world.device)  # what came before does not count
     model.to(world.device).train()
     model.stack.checkpoint_activations = options.checkpoint_activations
     dtype = pick_dtype(options.dtype, world.device)
@@ -211,6 +212,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         **(state["best"] if objective.best else figures), "steps": state["step"], "tokens": state["tokens"],
         **speed.overall(state), "seconds": time.perf_counter() - began, "parameters": model.num_params(),
         "device": str(world.device), "dtype": str(dtype).removeprefix("torch."),
+        "memory_mb": peak_memory(world.device),
     }  # fmt: skip
     if task.cut:
         result["cut"] = task.cut

@@ -10,8 +10,10 @@ result.json        the final figures: both are there once the run is finished
 """
 
 import contextlib
+import functools
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -67,7 +69,22 @@ class RunConfig:
     quant: dict | None = None  # in what form the matrices are
 
     def save(self, folder: str | Path) -> None:
-        write_json(Path(folder) / "config.json", {"format": FORMAT, **asdict(self)})
+        write_json(Path(folder) / "config.json", {"format": FORMAT, "made_by": made_by(), **asdict(self)})
+
+
+@functools.cache
+def made_by() -> dict:
+    """What a run's figures may depend on beside its settings: a record, which nothing compares."""
+    record = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or no repository, or not of this code
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        record |= {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno", ":/"))}
+    return record
 
 
 def read_config(folder: str | Path) -> RunConfig:
@@ -79,6 +96,7 @@ def read_config(folder: str | Path) -> RunConfig:
     values = read_json(path)
     if values.pop("format", None) not in range(1, FORMAT + 1):
         raise UserError(f"{path}: not written by this version of mini")
+    values.pop("made_by", None)
     config = from_dict(RunConfig, values, path)
     if config.kind not in MODELS or config.task not in TASKS:
         raise UserError(f"{path}: a run of kind {config.kind!r} and task {config.task!r}, which mini does not know")
