@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mini import ablate as ablations
 from mini import bench as benchmarks
+from mini import evaluate as judging
 from mini.compression import rewrite as rewriting
 from mini.flags import Checked, UserError, dispatch, of_type, option, parse_flags, peek, run_command
 from mini.model.config import ModelConfig
@@ -398,6 +399,11 @@ def ablate(argv: list[str]) -> None:
     ablations.ablate(options)
 
 
+def evaluate(argv: list[str]) -> None:
+    (options,), _ = parse_flags(argv, [judging.EvaluateOptions], judging.EvaluateOptions.__doc__)
+    judging.evaluate(options)
+
+
 COMMANDS = {
     "sample": (sample, "continue a prompt with a GPT"),
     "fill": (fill, "fill [MASK] in a text with a BERT"),
@@ -406,6 +412,7 @@ COMMANDS = {
     "embed": (embed, "texts -> vectors"),
     "rewrite": (rewrite, "labelled texts -> more of them, to train on"),
     "tokens": (tokens, "text -> token folder"),
+    "evaluate": (evaluate, "judge a run on files that it has not seen"),
     "ablate": (ablate, "train arms with several seeds, and tell which differences are real"),
     "bench": (bench, "measure training and generation on this machine"),
 }

@@ -3,7 +3,8 @@
 A task is one file of this folder and one line of TASKS in __init__.py; nothing else lists tasks.
 """
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,10 +37,12 @@ class Batch:
 class Task:
     """Something to learn. Made as cls(train, valid, tokenizer, max_len, seed, batch_size, options).
 
-    train, valid: TokenFiles of running text for a task that pretrains, else the names of two files.
+    train, valid: TokenFiles of running text for a task that pretrains, else the names of two files. Without train
+    (None) there is nothing to learn, but something to judge a model by that has.
 
     A task has, beside what follows,
         n, checksum, notes          the number of training examples; of all examples; what a person should know of them
+        n_valid                     the number of validation examples
         cut                         {"train" or "valid": what max_len takes from its texts, as inputs.cuts() tells it}
         batch(indices)              the training examples of these numbers, a function of (seed, indices)
         validation(batch_size, limit)   all validation examples, always the same; of text the first `limit` tokens
@@ -64,6 +67,8 @@ class Task:
     teaches = True  # whether its answers are probabilities, from which a student can learn
     fixed_shape = False  # whether every batch has the same shape, and next to no padding
     predicted = 1.0  # the share of the tokens that meet the vocabulary
+    unit = "examples"  # what n_valid counts
+    additive = True  # whether metrics() can judge the sums of a part of the validation examples
     labels: tuple[str, ...] | list[str] = ()  # of a classifier
     cut: ClassVar[dict[str, dict[str, int]]] = {}  # of running text, which is tiled, nothing
 
@@ -107,9 +112,32 @@ class Task:
 class FileTask(Task):
     """A task whose examples are those of two files: lists train and valid, of which collate(examples) makes a Batch."""
 
+    notes: list[str]
+
+    def read_both(self, train: str | None, valid: str | None, read: Callable[[str, str], list],
+                  text: Callable[[object], str]) -> tuple[list, list]:  # fmt: skip
+        """What read(path, split) finds in both files.
+
+        Without valid a tenth of train is held out, chosen by a hash of text(row): the same rows whatever else is in the
+        file, and copies of a text on one side.
+        """
+        if train is None:
+            return [], read(valid, "valid")
+        rows = read(train, "train")
+        if valid is not None:
+            return rows, read(valid, "valid")
+        sides: tuple[list, list] = [], []
+        for row in rows:
+            sides[hashlib.sha256(text(row).encode()).digest()[0] < 26].append(row)
+        if not all(sides):
+            raise UserError(f"{train}: {len(rows)} are too few to hold some out for validation; give --valid FILE")
+        self.notes.append(f"{train}: {len(sides[1]):,} of {len(rows):,} are held out for validation, always the same")
+        return sides
+
     def group(self, seed: int, batch_size: int) -> None:
         """To be called when the examples are there: those of a batch will have similar lengths, so little padding."""
-        self.n, self.order = len(self.train), Grouped(np.array([*map(self.length, self.train)]), seed, batch_size)
+        self.n, self.n_valid = len(self.train), len(self.valid)
+        self.order = Grouped(np.array([*map(self.length, self.train)]), seed, batch_size)
 
     @staticmethod
     def length(example: tuple) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +34,17 @@ class ClassifyConfig(Checked):
 
 
 class Classification(FileTask):
-    """Texts, or pairs of texts, with one label each; labels are words, numbered in sorted order."""
+    """Texts, or pairs of texts, with one label each; labels are words, numbered in sorted order.
+
+    labels: of the model that is judged, in their order; else they are those of train.
+    """
 
     Config, kinds, command, judged = ClassifyConfig, ("gpt", "bert"), "classify", "classify"
     best = "accuracy"
     files = (".tsv", ".csv", ".jsonl")
 
     def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int, batch_size: int,
-                 options: ClassifyConfig):  # fmt: skip
+                 options: ClassifyConfig, labels: Sequence[str] = ()):  # fmt: skip
         if tokenizer.eot is None and tokenizer.cls is None:
             raise UserError("the tokenizer has no [CLS] and no <|endoftext|> to mark a text with: use another one")
         if max_len < 8:
@@ -53,12 +56,14 @@ class Classification(FileTask):
             raise UserError("--augment mask: the tokenizer has no [MASK]; name the other operations")
         self.options, self.notes = options, []
 
-        rows, valid_rows = (read_rows(path, ["text", "label"], ("text_b",)) for path in (train, valid))
+        rows, valid_rows = self.read_both(
+            train, valid, lambda path, _: read_rows(path, ["text", "label"], ("text_b",)), lambda row: row[1]["text"]
+        )
         text_columns([*rows, *valid_rows])
         for _, row in [*rows, *valid_rows]:
             row["label"] = row["label"].strip()
         found = Counter(row["label"] for _, row in rows)
-        self.labels = sorted(found)
+        self.labels = list(labels) or sorted(found)
         if len(self.labels) < 2:
             raise UserError(f"{train}: only one label, {self.labels[0]!r}: a classifier needs at least two")
         if once := [label for label in self.labels if found[label] == 1]:
@@ -70,7 +75,7 @@ class Classification(FileTask):
         self.words = [word for texts in self.augmentable for text in texts for word in text.split()]
         counts = np.array([found[label] for label in self.labels])
         self.class_weights = None
-        if options.class_weights == "balanced":  # over all examples, their mean is 1 (King & Zeng 2001)
+        if options.class_weights == "balanced" and rows:  # over all examples, their mean is 1 (King & Zeng 2001)
             self.class_weights = torch.tensor(self.n / (len(counts) * counts), dtype=torch.float32)
         self.checksum = rows_checksum(self.train, self.valid)
 
@@ -133,7 +138,7 @@ class Classification(FileTask):
             if row["label"] not in numbers:
                 known = ", ".join(self.labels[:10])
                 hint = nearest(row["label"], numbers)
-                raise UserError(f"{place}: label {row['label']!r} is not in the training file{hint}: {known}")
+                raise UserError(f"{place}: label {row['label']!r} is not one that is learnt{hint}: {known}")
             if not row["text"].strip():
                 empty.append(place)
             texts = [self.tokenizer.encode(text) for text in self.read_texts(row)]
@@ -141,7 +146,7 @@ class Classification(FileTask):
             encoded.append((*text_ids(self.tokenizer, self.max_len, *texts), numbers[row["label"]]))
         if empty:
             self.notes.append(f"{path}: {len(empty)} of {len(rows)} texts are empty (the first: {empty[0]})")
-        self.cut[split], notes = text_cuts(path, lengths, 1 + ("text_b" in rows[0][1]), self.max_len)
+        self.cut[split], notes = text_cuts(path, lengths, len(text_columns(rows)) if rows else 1, self.max_len)
         self.notes += notes
         return encoded
 

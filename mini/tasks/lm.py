@@ -57,16 +57,20 @@ class LanguageModelling(NextToken):
 
     Config, pretrains, fixed_shape = LMConfig, True, True
 
-    def __init__(self, train: TokenFile, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int,
+    unit = "windows"
+
+    def __init__(self, train: TokenFile | None, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int,
                  batch_size: int = 1, options: LMConfig | None = None):  # fmt: skip
+        judging, train = train is None, train or valid
         self.train, self.valid, self.max_len, self.seed = train.tokens, valid.tokens, max_len, seed
         self.documents = (train.documents, valid.documents) if options and options.document_mask else None
-        if self.documents:
+        if self.documents and not judging:
             check_documents(train)
         self.checksum = f"{train.sha256}-{valid.sha256}"
         self.tokenizer, self.notes = tokenizer, []
         self.n = (len(self.train) - 1) // max_len
-        if self.n < 1:
+        self.n_valid = -(-(len(self.valid) - 1) // max_len)
+        if self.n < 1 and not judging:
             few = f"the training text has {len(self.train):,} tokens, but a window takes {max_len + 1}"
             raise UserError(f"{few}: give more text or a smaller --max_len")
         if len(self.valid) < 2:

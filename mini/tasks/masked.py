@@ -45,9 +45,12 @@ class MaskedLanguageModelling(Task):
     Config, kinds, command, judged = MLMConfig, ("bert",), "fill", "mlm"
     pretrains, fixed_shape = True, True
 
-    def __init__(self, train: TokenFile, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int,
+    unit = "windows"
+
+    def __init__(self, train: TokenFile | None, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int,
                  batch_size: int = 1, options: MLMConfig | None = None):  # fmt: skip
         self.options = options = options or MLMConfig()
+        train = train or valid
         self.train, self.valid = Sentences(train, tokenizer), Sentences(valid, tokenizer)
         self.tokenizer, self.max_len, self.seed, self.notes = tokenizer, max_len, seed, []
         self.checksum = f"{train.sha256}-{valid.sha256}"
@@ -66,7 +69,7 @@ class MaskedLanguageModelling(Task):
             if options.nsp:
                 raise UserError("--document_mask packs documents into one example: that needs --nsp false")
             check_documents(train)
-        self.n = max(1, len(self.train.tokens) // self.room)
+        self.n, self.n_valid = (max(1, len(text.tokens) // self.room) for text in (self.train, self.valid))
         self.predicted = self.most(options.mask_rate) / max_len
         self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special.values()))
         self.log_frequency = log_frequencies(train.tokens, tokenizer)

@@ -44,7 +44,7 @@ class PromptAnswers(NextToken, FileTask):
             raise UserError("the tokenizer has no <|endoftext|>, which ends answers: use another one")
         self.tokenizer, self.max_len, self.options = tokenizer, max_len, options or PairsConfig()
         self.notes, self.cut = [], {}
-        rows, valid_rows = read_pairs(train, "train"), read_pairs(valid, "valid")
+        rows, valid_rows = self.read_both(train, valid, read_pairs, lambda row: row[1])
         n = min(self.options.n_judged, len(valid_rows))
         judged = {i * len(valid_rows) // n: k for k, i in enumerate(range(n))}  # {row: its number among them}
         self.golds = [valid_rows[row][2] for row in judged]

@@ -75,13 +75,16 @@ class QuestionAnswering(FileTask):
     Config, kinds, command, judged = QAConfig, ("bert",), "answer", "qa"
     best = "f1"
     files = (".json", "python-docs")
+    unit, additive = "windows", False  # what is not among the windows has no answer
+    threshold: float | None = None  # above which there is no answer; None: what is best for these questions
 
     def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int, batch_size: int,
                  options: QAConfig):  # fmt: skip
         self.tokenizer, self.options = tokenizer, options
         self.notes: list[str] = []
-        questions = read_squad(train, self.notes, "train")
-        self.questions = read_squad(valid, self.notes, "valid")
+        questions, self.questions = self.read_both(
+            train, valid, lambda path, split: read_squad(path, self.notes, split), lambda question: question.context
+        )
         self.has_impossible = any(not question.answers for question in questions)
         self.train, train_cut = cut_windows(questions, tokenizer, max_len, options)
         self.valid, valid_cut = cut_windows(self.questions, tokenizer, max_len, options)
@@ -129,7 +132,7 @@ class QuestionAnswering(FileTask):
 
     def metrics(self, sums: dict[str, Tensor]) -> dict:
         answers = collect(self.valid, sums["spans"].cpu())
-        figures = judge(self.questions, answers, self.has_impossible)
+        figures = judge(self.questions, answers, self.has_impossible, self.threshold)
         return {"val_loss": float(sums["qa"] / sums["count/qa"]), **figures}
 
     def beats_chance(self, figures: dict) -> bool:
@@ -327,11 +330,12 @@ def collect(windows: list[Window], predictions: np.ndarray | Tensor) -> list[tup
 
 
 # ---------------------------------------------------------------- judgement
-def judge(questions: list[Question], answers: list[tuple[float, list[Answer]]], has_impossible: bool) -> dict:
+def judge(questions: list[Question], answers: list[tuple[float, list[Answer]]], has_impossible: bool,
+          threshold: float | None = None) -> dict:  # fmt: skip
     """Exact match and F1, as the official scripts count them, of what `collect` returns.
 
-    If a question may have no answer, it gets none where (score of no answer - best score) > null_threshold. That
-    threshold is the best for the F1 of these very questions, as is usual (Devlin et al. 2019, §4.3). The figures
+    If a question may have no answer, it gets none where (score of no answer - best score) > null_threshold: the one
+    given, or the best for the F1 of these very questions, as is usual (Devlin et al. 2019, §4.3). The figures
     are then also given for the questions with an answer, and for those without, as far as there are any.
     """
     texts = [found[0].text if found else "" for _, found in answers]
@@ -339,10 +343,10 @@ def judge(questions: list[Question], answers: list[tuple[float, list[Answer]]], 
     exact = np.array([exact_match(text, question.answers) for text, question in pairs])
     f1 = np.array([answer_f1(text, question.answers) for text, question in pairs])
     impossible = np.array([not question.answers for question in questions])
-    if not has_impossible and not impossible.any():
+    if threshold is None and not has_impossible and not impossible.any():
         return {"exact_match": float(exact.mean()), "f1": float(f1.mean())}
     differences = np.array([null - (found[0].score if found else NEVER) for null, found in answers])
-    threshold = best_threshold(differences, f1, impossible)
+    threshold = best_threshold(differences, f1, impossible) if threshold is None else threshold
     silent = differences > threshold
     exact, f1 = np.where(silent, impossible, exact), np.where(silent, impossible, f1)
     figures = {"exact_match": float(exact.mean()), "f1": float(f1.mean()), "null_threshold": threshold}

@@ -67,7 +67,8 @@ def read_table(text: str, path: Path, columns: list[str]) -> list[tuple[str, dic
     return rows
 
 
-def parse_json_row(text: str, place: str) -> dict:
+def parse_json_row(text: str, place: str, lists: bool = False) -> dict:
+    """Its texts and numbers, and lists, if they are wanted."""
     try:
         row = json.loads(text)
         json.dumps(row, ensure_ascii=False).encode()  # JSON can spell half a character, "\ud83d"; UTF-8 cannot
@@ -75,7 +76,8 @@ def parse_json_row(text: str, place: str) -> dict:
         raise UserError(f"{place}: not JSON, or not UTF-8 ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected an object {{...}}")
-    return {name: value for name, value in row.items() if isinstance(value, str | int | float)}
+    kinds = (str, int, float, list) if lists else (str, int, float)
+    return {name: value for name, value in row.items() if isinstance(value, kinds)}
 
 
 def column_texts(path: str, columns: list[str], optional: tuple[str, ...] = ()) -> Iterator[str]:

@@ -22,7 +22,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -317,8 +317,21 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, world: World, dtype: torch.dtype, batch_size: int, limit: int = 0) -> dict:
     """The task's figures on the whole validation set (or its first `limit` tokens), shared out over the ranks."""
-    model.eval()
     sums: dict[str, Tensor] = {}
+    for measured in measure(model, task, world, dtype, batch_size, limit):
+        for name, value in measured.items():
+            sums[name] = sums[name] + value if name in sums else value
+    if world.size > 1:
+        sums = {name: world.sum(sums[name].to(world.device)).cpu() for name in sorted(sums)}
+    return task.metrics(sums)
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, task: Task, world: World, dtype: torch.dtype, batch_size: int, limit: int = 0
+) -> Iterator[dict[str, Tensor]]:
+    """What metrics() needs the sums of, for each validation batch that is this rank's."""
+    model.eval()
     with progress_bar(desc="evaluating", leave=False, delay=2, disable=not world.main, unit="batch") as progress:
         for i, batch in enumerate(task.validation(batch_size, limit)):
             mine = i % world.size == world.rank
@@ -328,14 +341,9 @@ def evaluate(model: nn.Module, task: Task, world: World, dtype: torch.dtype, bat
                 measured = task.measure(model, batch.to(world.device).inputs)
             counts = {f"count/{name}": count for name, count in batch.counts.items()} | {"bytes": batch.n_bytes}
             measured |= {name: torch.tensor(float(count)) for name, count in counts.items()}
-            for name, value in measured.items():
-                value = value.cpu().double() * mine
-                sums[name] = sums[name] + value if name in sums else value
+            yield {name: value.cpu().double() * mine for name, value in measured.items()}
             progress.update()
-    if world.size > 1:
-        sums = {name: world.sum(sums[name].to(world.device)).cpu() for name in sorted(sums)}
     model.train()
-    return task.metrics(sums)
 
 
 def is_better(figures: dict, best: dict | None, name: str) -> bool:

@@ -192,13 +192,30 @@ def open_task(settings: Settings, world: World) -> Task:
         builtin = [name for name in task.files if not name.startswith(".")]
         if builtin and not data.train and not data.valid:
             data.train = data.valid = builtin[0]
-        if not data.train or not data.valid:
-            raise UserError(f"--task {settings.job.task} needs --train FILE and --valid FILE")
+        if not data.train:
+            raise UserError(f"--task {settings.job.task} needs --train FILE and, or a tenth of that is, --valid FILE")
         train, valid = data.train, data.valid
         tokenizer = tokenizer or make_tokenizer(data.tokenizer, lambda: task.texts(train), model.vocab_size, special)
     settings.tokenizer = tokenizer
     seed = training.seed if training.data_seed is None else training.data_seed
     return task(train, valid, tokenizer, model.max_len, seed, training.batch_size, settings.task_options)
+
+
+def open_test(settings: Settings, path: str, batch_size: int, threshold: float | None = None) -> Task:
+    """The task that a run has learnt, to judge it on a file; threshold: of a run's questions without an answer."""
+    task, model, tokenizer = settings.task, settings.model, settings.tokenizer
+    if not task.reads_text:
+        raise UserError(f"--task {settings.job.task} has no files that it could be judged on")
+    valid = path
+    if task.pretrains:
+        data = replace(settings.data, data=path, valid=path)
+        folder, _ = prepare_tokens(data, model.vocab_size, tokenizer, set(), special_tokens(settings))
+        valid = folder.valid
+    labels = {"labels": settings.labels} if settings.labels else {}
+    opened = task(None, valid, tokenizer, model.max_len, 0, batch_size, settings.task_options, **labels)
+    if threshold is not None:
+        opened.threshold = threshold
+    return opened
 
 
 def open_own_task(settings: Settings, world: World) -> Task:
