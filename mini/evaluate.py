@@ -18,6 +18,7 @@ from mini.flags import Checked, UserError, option
 from mini.model.transformer import Model
 from mini.tasks.base import Task
 from mini.tasks.inputs import pad, pad_texts, text_ids
+from mini.tasks.metrics import with_error
 from mini.text.rows import parse_json_row, read_rows
 from mini.text.tokenizer import Tokenizer
 from mini.training.checkpoints import read_result
@@ -159,12 +160,6 @@ def judge_next(path: str, model: Model, tokenizer: Tokenizer, batch_size: int) -
     return with_error("nsp_accuracy", right) | {"judged": len(rows), "unit": "pairs"}
 
 
-def with_error(name: str, values: np.ndarray) -> dict[str, float]:
-    """A mean over independent examples, and its standard error."""
-    error = {f"{name}_se": float(values.std(ddof=1) / math.sqrt(len(values)))} if len(values) > 1 else {}
-    return {name: float(values.mean())} | error
-
-
 def read_choices(path: str) -> Iterator[tuple[str, list[str], int]]:
     """(context, choices, number of the right one) of each line."""
     for n, line in enumerate(Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
@@ -180,6 +175,7 @@ def read_choices(path: str) -> Iterator[tuple[str, list[str], int]]:
         yield context, [choice if choice[0].isspace() else space + choice for choice in choices], answer
 
 
+@torch.inference_mode()
 def likelihoods(
     model: Model, tokenizer: Tokenizer, texts: list[tuple[str, str]], path: str, batch_size: int
 ) -> np.ndarray:

@@ -77,6 +77,11 @@ class Task:
         """The settings by which published weights with these heads are judged."""
         return cls.Config() if cls.Config else None
 
+    @classmethod
+    def judging(cls, options):
+        """These settings, as far as a model can be judged by them on any file."""
+        return options
+
     @staticmethod
     def texts(path: str) -> Iterable[str]:
         """All texts of a file, for a tokenizer to learn from."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -82,6 +82,11 @@ class MaskedLanguageModelling(Task):
     def published_options(cls, config: ModelConfig, folder: str) -> MLMConfig:
         return MLMConfig(nsp=config.nsp)
 
+    @classmethod
+    def judging(cls, options: MLMConfig) -> MLMConfig:
+        """Masked tokens alone, whatever was learnt beside: a file may be one document."""
+        return replace(options, nsp=False, document_mask=False)
+
     def heads(self) -> dict[str, object]:
         return dict(mlm=True, nsp=self.options.nsp)
 
@@ -89,7 +94,7 @@ class MaskedLanguageModelling(Task):
         """Cross-entropies in nats; targets (B, M), IGNORE where a row has fewer; unrelated (B,): 1 if B is random."""
         mlm = answers["mlm"].float().flatten(0, 1)  # (B M, V)
         losses = {"mlm": F.cross_entropy(mlm, inputs["targets"].flatten(), reduction="sum")}
-        if "nsp" in answers:
+        if "unrelated" in inputs:
             losses["nsp"] = F.cross_entropy(answers["nsp"].float(), inputs["unrelated"], reduction="sum")
         return losses
 
@@ -102,7 +107,7 @@ class MaskedLanguageModelling(Task):
             "unigram": -self.log_frequency[targets.cpu()].sum(),
             "frequent_hits": (targets == int(self.log_frequency.argmax())).sum(),
         }
-        if "nsp" in answers:
+        if "unrelated" in inputs:
             unrelated = inputs["unrelated"]
             sums |= {"nsp_hits": (answers["nsp"].argmax(-1) == unrelated).sum(), "unrelated": unrelated.sum()}
         return sums

@@ -13,6 +13,12 @@ def bits_per_byte(loss_sum: float, n_bytes: int) -> float:
     return loss_sum / math.log(2) / n_bytes
 
 
+def with_error(name: str, values: np.ndarray) -> dict[str, float]:
+    """A mean over independent examples, and its standard error."""
+    error = {f"{name}_se": float(values.std(ddof=1) / math.sqrt(len(values)))} if len(values) > 1 else {}
+    return {name: float(values.mean())} | error
+
+
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, n_classes: int) -> np.ndarray:
     """(n_classes, n_classes) counts: row = true class, column = predicted class."""
     return np.bincount(labels * n_classes + predictions, minlength=n_classes**2).reshape(n_classes, n_classes)

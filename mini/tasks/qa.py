@@ -23,7 +23,7 @@ from mini.model.transformer import Model
 from mini.storage import read_json
 from mini.tasks.base import Batch, FileTask
 from mini.tasks.inputs import cut_note, cuts, pad
-from mini.tasks.metrics import answer_f1, exact_match
+from mini.tasks.metrics import answer_f1, exact_match, with_error
 from mini.text import python_docs
 from mini.text.tokenizer import Tokenizer
 
@@ -133,6 +133,8 @@ class QuestionAnswering(FileTask):
     def metrics(self, sums: dict[str, Tensor]) -> dict:
         answers = collect(self.valid, sums["spans"].cpu())
         figures = judge(self.questions, answers, self.has_impossible, self.threshold)
+        if self.n:  # of a judgement alone the standard errors are told, too
+            figures = {name: value for name, value in figures.items() if not name.endswith("_se")}
         return {"val_loss": float(sums["qa"] / sums["count/qa"]), **figures}
 
     def beats_chance(self, figures: dict) -> bool:
@@ -332,7 +334,7 @@ def collect(windows: list[Window], predictions: np.ndarray | Tensor) -> list[tup
 # ---------------------------------------------------------------- judgement
 def judge(questions: list[Question], answers: list[tuple[float, list[Answer]]], has_impossible: bool,
           threshold: float | None = None) -> dict:  # fmt: skip
-    """Exact match and F1, as the official scripts count them, of what `collect` returns.
+    """Exact match and F1, as the official scripts count them, of what `collect` returns; and {name}_se.
 
     If a question may have no answer, it gets none where (score of no answer - best score) > null_threshold: the one
     given, or the best for the F1 of these very questions, as is usual (Devlin et al. 2019, §4.3). The figures
@@ -344,16 +346,16 @@ def judge(questions: list[Question], answers: list[tuple[float, list[Answer]]], 
     f1 = np.array([answer_f1(text, question.answers) for text, question in pairs])
     impossible = np.array([not question.answers for question in questions])
     if threshold is None and not has_impossible and not impossible.any():
-        return {"exact_match": float(exact.mean()), "f1": float(f1.mean())}
+        return with_error("exact_match", exact) | with_error("f1", f1)
     differences = np.array([null - (found[0].score if found else NEVER) for null, found in answers])
     threshold = best_threshold(differences, f1, impossible) if threshold is None else threshold
     silent = differences > threshold
     exact, f1 = np.where(silent, impossible, exact), np.where(silent, impossible, f1)
-    figures = {"exact_match": float(exact.mean()), "f1": float(f1.mean()), "null_threshold": threshold}
+    figures = with_error("exact_match", exact) | with_error("f1", f1) | {"null_threshold": threshold}
     if not impossible.all():
-        figures["has_answer_f1"] = float(f1[~impossible].mean())
+        figures |= with_error("has_answer_f1", f1[~impossible])
     if impossible.any():
-        figures["no_answer_accuracy"] = float(exact[impossible].mean())
+        figures |= with_error("no_answer_accuracy", exact[impossible])
     return figures
 
 

@@ -1,6 +1,7 @@
 """What a training runs on: the processes that share it, their device, its number format, compiler and memory."""
 
 import contextlib
+import copy
 import ctypes
 import os
 import platform
@@ -53,6 +54,12 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, device=self.device)
         return box[0]
+
+    def alone(self) -> "World":
+        """The same device, for what one process does by itself."""
+        other = copy.copy(self)
+        other.size, other.rank = 1, 0
+        return other
 
     def highest(self, value: int) -> int:
         """The highest of all ranks' values."""

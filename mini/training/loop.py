@@ -102,12 +102,13 @@ class Losses(nn.Module):
 
 
 def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig, folder: Path, world: World,
-          objective: object = None, methods: Sequence = ()) -> dict:  # fmt: skip
+          objective: object = None, methods: Sequence = (), test: Task | None = None) -> dict:  # fmt: skip
     """Trains to the end, from the newest checkpoint in folder if there is one; returns the final figures.
 
     objective: what is minimised, if not the task alone; it has a task's loss(), counts(), loss_weights, default_weight,
     best and fixed_shape. methods: what acts beside the optimizer, such as a pruning schedule, with after_backward() and
-    after_step(done, steps), which returns False as long as no weights may count as the best.
+    after_step(done, steps), which returns False as long as no weights may count as the best. test: on which the final
+    weights are judged, nothing being chosen by it.
     Writes metrics.jsonl, checkpoints, and at the end model.safetensors and result.json.
     Raises UserError where the loss stops being a number; SystemExit after SIGTERM or Ctrl-C, a checkpoint written.
     """
@@ -217,7 +218,13 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     if task.cut:
         result["cut"] = task.cut
     if world.main:
-        finish(model, result, state, folder)
+        if "best_step" in result:
+            checkpoints.load_best(folder, model, state)
+        if test is not None:  # by the main process alone
+            test.threshold = result.get("null_threshold")
+            figures = evaluate(model, test, world.alone(), dtype, size)
+            result |= {f"test_{n.removeprefix('val_')}": v for n, v in figures.items() if isinstance(v, float)}
+        finish(model, result, folder)
     return result
 
 
@@ -236,10 +243,8 @@ def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> di
     return state
 
 
-def finish(model: nn.Module, result: dict, state: dict, folder: Path) -> None:
+def finish(model: nn.Module, result: dict, folder: Path) -> None:
     """Writes the final weights, the picture, and last result.json, with which the run counts as finished."""
-    if "best_step" in result:
-        checkpoints.load_best(folder, model, state)
     result |= checkpoints.save_model(model, folder)
     plot_metrics(checkpoints.read_metrics(folder), folder / "loss.png")
     checkpoints.write_result(folder, result)

@@ -80,10 +80,10 @@ def read_settings(argv: list[str], description: str, kind: str, presets: dict, f
     description = f"{description}\n\n--task is one of {', '.join(names)}; each has flags and defaults of its own."
     objects, given = parse_flags(argv, classes, description, presets, **defaults)
     settings = Settings(kind, *objects[:5], *(objects[5:] or [None]), given)
-    if task.pretrains and settings.data.train:
-        raise UserError(f"--train is a file to fine-tune on; --task {name} reads --data")
+    if task.pretrains and (unused := given & {"train", "test"}):
+        raise UserError(f"--{min(unused)} is a file to fine-tune on; --task {name} reads --data")
     if task.reads_text and not task.pretrains and (unused := given & TEXT_FLAGS):
-        raise UserError(f"--{min(unused)} is of text to pretrain on; --task {name} reads --train and --valid")
+        raise UserError(f"--{min(unused)} is of text to pretrain on; --task {name} needs --train FILE and --valid FILE")
     if not task.reads_text and (unused := given & (field_names(DataConfig) - {"tokenizer"})):
         raise UserError(f"--{min(unused)} has no effect here: --task {name} makes its examples itself; leave it out")
     check_length(settings)
@@ -193,7 +193,7 @@ def open_task(settings: Settings, world: World) -> Task:
         if builtin and not data.train and not data.valid:
             data.train = data.valid = builtin[0]
         if not data.train:
-            raise UserError(f"--task {settings.job.task} needs --train FILE and, or a tenth of that is, --valid FILE")
+            raise UserError(f"--task {settings.job.task} needs --train FILE and --valid FILE (or holds out a tenth)")
         train, valid = data.train, data.valid
         tokenizer = tokenizer or make_tokenizer(data.tokenizer, lambda: task.texts(train), model.vocab_size, special)
     settings.tokenizer = tokenizer
@@ -212,7 +212,8 @@ def open_test(settings: Settings, path: str, batch_size: int, threshold: float |
         folder, _ = prepare_tokens(data, model.vocab_size, tokenizer, set(), special_tokens(settings))
         valid = folder.valid
     labels = {"labels": settings.labels} if settings.labels else {}
-    opened = task(None, valid, tokenizer, model.max_len, 0, batch_size, settings.task_options, **labels)
+    options = task.judging(settings.task_options)
+    opened = task(None, valid, tokenizer, model.max_len, 0, batch_size, options, **labels)
     if threshold is not None:
         opened.threshold = threshold
     return opened
@@ -273,10 +274,15 @@ def train_run(
             if world.main:
                 drop_best(out)  # which a kill may have left
         else:
-            world.say(prologue(model, task, world))
             if sparse.masks_of(model) and not any(isinstance(method, sparse.HoldMasks) for method in methods):
                 methods = [*methods, sparse.HoldMasks(model)]
-            result = train(model, task, s.train, s.optim, out, world, objective, methods)
+            test = None
+            if s.data.test:
+                s.labels = list(task.labels)
+                test = open_test(s, s.data.test, s.train.batch_size)
+                task.notes += test.notes
+            world.say(prologue(model, task, world))
+            result = train(model, task, s.train, s.optim, out, world, objective, methods, test)
         if world.main:
             print("\n" + epilogue(task, result))
             model, _ = runs.load_run(out, world.device)
@@ -302,6 +308,8 @@ def epilogue(task: Task, result: dict) -> str:
     lines = [*task.summary(result)]
     if "best_step" in result:
         lines.append(f"These are the figures, and the weights, of step {result['best_step']:,}: the best {task.best}")
+    if tests := [f"{name.removeprefix('test_')} {value:.4f}" for name, value in result.items() if name[:5] == "test_"]:
+        lines.append(f"On the test file: {', '.join(tests)}")
     if "sparsity" in result:
         lines.append(f"{result['sparsity']:.2%} of the weights in pruned matrices are zero")
     lines.append(f"{result['parameters']:,} parameters in {result['bytes']:,} bytes")

@@ -224,7 +224,7 @@ def test_masks_hold_beside_another_method(gpt, tmp_path, command, monkeypatch):
     settings, world, handed = open_run(str(tmp_path / "a")), World("cpu"), []
 
     def caught(*arguments):
-        handed.extend(arguments[-1])
+        handed.extend(arguments[7])
         raise UserError("that is all")
 
     monkeypatch.setattr("mini.training.start.train", caught)

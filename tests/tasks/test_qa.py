@@ -364,7 +364,7 @@ def answered(text: str, score: float, null: float) -> tuple:
 def test_judge_without_impossible_questions():
     questions = [question(answer="the school"), question(answer="golden statue")]
     figures = judge(questions, [answered("school", 1, 99), answered("a golden dome", 1, 99)], False)
-    assert figures == pytest.approx({"exact_match": 0.5, "f1": 0.75})
+    assert figures == pytest.approx({"exact_match": 0.5, "exact_match_se": 0.5, "f1": 0.75, "f1_se": 0.25})
 
 
 def test_judge_chooses_a_threshold():
@@ -372,9 +372,11 @@ def test_judge_chooses_a_threshold():
     answers = [answered("school", 5, 1), answered("dome", 2, 1), answered("golden", 3, 3), answered("statue", 1, 4)]
     # differences -4, -1, 0, 3: answering all but the last is worth 1 + 0 + 2/3 + 1, only the first 1 + 1 + 0 + 1.
     figures = judge(questions, answers, False)
-    assert figures == pytest.approx(
+    assert {name: value for name, value in figures.items() if not name.endswith("_se")} == pytest.approx(
         {"exact_match": 3 / 4, "f1": 3 / 4, "null_threshold": -4, "has_answer_f1": 0.5, "no_answer_accuracy": 1}
     )
+    given = judge(questions, answers, False, threshold=0)
+    assert given["null_threshold"] == 0 and given["f1"] == pytest.approx((1 + 0 + 2 / 3 + 1) / 4)
     answers[1] = answered("dome", 2, 4)  # difference 2
     figures = judge(questions, answers, False)
     assert figures["null_threshold"] == 0 and figures["f1"] == pytest.approx((1 + 1 + 2 / 3 + 1) / 4)
