@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -94,7 +95,7 @@ class Spec:
     sweep_seed: int | None = None  # on which each arm's best is chosen; None: 0
 
     def budget(self) -> list[str]:
-        return [word for name in ("tokens", "flops") if (n := getattr(self, name)) for word in (f"--{name}", f"{n:g}")]
+        return [word for name in ("tokens", "flops") if (n := getattr(self, name)) for word in (f"--{name}", str(n))]
 
     def settings(self, arm: str) -> list[dict[str, str]]:
         """What a sweep tries in an arm: {flag: value} of every combination; [{}] without one."""
@@ -147,12 +148,12 @@ def read_spec(path: str | Path) -> Spec:
         refuse(
             f"baseline {spec.baseline!r}{nearest(spec.baseline, spec.arms)}: one of {', '.join(spec.arms) or 'no arms'}"
         )
-    if min(spec.tokens, spec.flops) < 0 or (spec.tokens and spec.flops):
+    if not all(0 <= n < math.inf for n in (spec.tokens, spec.flops)) or (spec.tokens and spec.flops):
         refuse("tokens and flops: give one of them, more than 0")
     for name, value in spec.sweep.items():
         for flag, values in value.items() if isinstance(value, dict) else [(name, value)]:
-            if not isinstance(values, list) or not values or any(isinstance(v, list | dict) for v in values):
-                refuse(f"sweep: {flag} = {values!r}: a list of values")
+            if not isinstance(values, list) or not values or not all(isinstance(v, str | int | float) for v in values):
+                refuse(f"sweep: {flag} = {values!r}: a list of texts and numbers")
         if isinstance(value, dict) and name not in spec.arms:
             refuse(f"sweep.{name}: no such arm{nearest(name, spec.arms)}")
     classes = SCRIPTS[spec.script] + [task.Config for task in TASKS.values() if task.Config]
@@ -401,13 +402,7 @@ def ablate(options: AblateOptions) -> None:
         train_all(runs, options.workers, spec)
         arms = judge(spec, runs)
         text = table(spec, arms, notes)
-        result = {
-            "figure": spec.figure,
-            "better": spec.better,
-            "baseline": spec.baseline,
-            "seeds": spec.seeds,
-            "arms": arms,
-        }
+        result = {name: getattr(spec, name) for name in ("figure", "better", "baseline", "seeds")} | {"arms": arms}
         write_text(out / "table.md", text)
         plot(spec, runs, arms, out / "result.png")
         write_json(out / "result.json", result)

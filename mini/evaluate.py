@@ -74,8 +74,8 @@ def judge(path: str, model: Model, settings: Settings, world: World, dtype: torc
             return by_rows(path, model, settings.tokenizer, batch_size)
     if settings.job.task == "lm" and {"prompt", "answer"} <= names:
         settings = replace(settings, job=replace(settings.job, task="pairs"), task_options=None)
-    threshold = (read_result(Path(settings.job.init)) or {}).get("null_threshold")
-    task = open_test(settings, path, batch_size, threshold if isinstance(threshold, float) else None)
+    task = open_test(settings, path, batch_size)
+    task.settle(read_result(Path(settings.job.init)) or {})
     for note in task.notes:
         print(f"note: {note}")
     return judge_task(task, model, world, dtype, batch_size)
@@ -98,7 +98,7 @@ def columns_of(path: str) -> set[str]:
 # ---------------------------------------------------------------- by the run's own task
 def judge_task(task: Task, model: Model, world: World, dtype: torch.dtype, batch_size: int) -> dict:
     """Its figures; their standard errors by the jackknife: how they change where one part of the file is left out."""
-    size = min(batch_size, max(1, task.n_valid // PARTS))
+    size = min(batch_size, max(1, task.n_valid // PARTS)) if task.additive else batch_size
     parts = [*measure(model, task, world, dtype, size)]
     total = {name: sum(part[name] for part in parts) for name in parts[0]}
     figures = {name: value for name, value in task.metrics(total).items() if isinstance(value, float)}

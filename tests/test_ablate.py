@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import TINY, command_line, environment, last_json, metrics
@@ -49,7 +51,9 @@ def read(tmp_path, text: str) -> ablate.Spec:
         ("b = ", '"../b" = ', "arm '../b'"),
         ("b = ", "b = = ", "not TOML"),
         ("better", "tokens = 1e5\nflops = 1e9\nbetter", "tokens and flops: give one"),
-        ("[arms]", "[sweep]\nlr = 0.1\n[arms]", "sweep: lr = 0.1: a list of values"),
+        ("[arms]", "[sweep]\nlr = 0.1\n[arms]", "sweep: lr = 0.1: a list of texts and numbers"),
+        ("[arms]", "[sweep]\nlr = [1979-05-27]\n[arms]", "a list of texts and numbers"),
+        ("better", "tokens = inf\nbetter", "tokens and flops: give one of them, more than 0"),
         ("[arms]", "[sweep.c]\nlr = [0.1]\n[arms]", "sweep.c: no such arm"),
         ("[arms]", "[sweep]\nlrr = [0.1]\n[arms]", "has no flag --lrr"),
         ("[arms]", "sweep_seed = 2\n[sweep]\nlr = [0.1]\n[arms]", "sweep_seed = 2"),
@@ -68,6 +72,7 @@ def test_a_sweep_is_every_combination_and_may_be_of_one_arm(tmp_path):
     assert spec.settings("b") == [{"lr": "1", "clip": "0"}, {"lr": "1", "clip": "1.5"}]
     assert spec.sweep_seed == 0 and read(tmp_path, SPEC).settings("a") == [{}]
     made = ablate.make_run(spec, tmp_path / "s.py", tmp_path, "b", 7, spec.settings("b")[1], False)
+    assert replace(spec, tokens=1234567.0).budget() == ["--tokens", "1234567.0"]  # to the last digit
     assert made.argv[2:] == ["--steps", "9", "--lr", "0.02", "--lr", "1", "--clip", "1.5", "--seed", "7",
                              "--out", str(tmp_path / "runs" / "b" / "7")]  # fmt: skip
 
@@ -105,7 +110,8 @@ def test_an_ablation_that_is_killed_goes_on(text_file, tmp_path, cache, command)
     while not log.exists():
         time.sleep(0.05)
         assert first.poll() is None
-    os.kill(first.pid, signal.SIGKILL)
+    number = signal.SIGKILL if sys.platform == "linux" else signal.SIGTERM  # elsewhere its trainings outlive a kill
+    os.kill(first.pid, number)
     first.wait()
     time.sleep(0.5)
     size = log.stat().st_size

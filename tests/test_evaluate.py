@@ -2,15 +2,17 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import last_json
+from conftest import ROOT, last_json
 
-from mini import load_run
+from mini import evaluate, load_run
 from mini.evaluate import likelihoods
 from mini.tasks.metrics import with_error
+from mini.tensors import load_tensors, save_tensors
 
 
 def lines(path, rows: list[dict]):
@@ -125,16 +127,23 @@ def test_likelihoods_by_hand(gpt, bert):
     assert score == pytest.approx(expected, rel=1e-4)
 
 
-def test_minimal_pairs_and_choices(gpt, bert, tmp_path, command):
-    known, odd = "The cat sat on the mat.", "Zqx vjk wpf qqq zzz bvx."
-    pairs = [{"good": a, "bad": b} for a, b in ((known, odd), (odd, known), (known, known))]
-    found = judged(command, gpt, lines(tmp_path / "m.jsonl", pairs))
+def test_minimal_pairs_and_choices(gpt, bert, tmp_path, command, monkeypatch):
+    """Counted of made-up likelihoods: minus the number of vowels, whatever the context."""
+    pairs = [{"good": a, "bad": b} for a, b in (("x", "a"), ("a", "x"), ("a", "e"))]
+    path = lines(tmp_path / "m.jsonl", pairs)
+    assert 0 <= judged(command, gpt, path)["accuracy"] <= 1 >= judged(command, bert, path)["accuracy"]
+
+    def made_up(model, tokenizer, texts: list, *_) -> np.ndarray:
+        return -np.array([sum(c in "aeiou" for c in text) for _, text in texts], dtype=float)
+
+    monkeypatch.setattr(evaluate, "likelihoods", made_up)
+    found = judged(command, gpt, path)
     assert found["accuracy"] == 0.5 and found["accuracy_se"] == pytest.approx(0.5 / math.sqrt(3))
-    choices = [{"context": "The cat", "choices": ["qzx.", "sat on the mat."], "answer": 1},
-               {"context": "The dog ran ", "choices": ["zzzq", "under", "#$%&"], "answer": 1}]  # fmt: skip
+    choices = [{"context": "The cat", "choices": ["ae", "xxxxxxxxaaa"], "answer": 0},
+               {"context": "The dog ran ", "choices": ["aexx", "axxa", "xxaxxx"], "answer": 2}]  # fmt: skip
     found = judged(command, gpt, lines(tmp_path / "c.jsonl", choices))
-    assert found["accuracy_norm"] == 1 and found["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
-    assert 0 <= judged(command, bert, tmp_path / "c.jsonl")["accuracy"] <= 1
+    assert found["accuracy"] == 1 and found["accuracy_norm"] == 0.5  # the longer one has fewer vowels per byte
+    assert found["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +163,19 @@ def test_files_that_cannot_be_judged(gpt, tmp_path, command, row, message):
     said = judged(command, gpt, path, status=2)
     assert message in said and said.count("\n") == 1
     assert "no such" in judged(command, gpt, tmp_path / "none.txt", status=2)
+
+
+def test_hidden_states(tmp_path, text_file, command):
+    """Of published weights without heads, held against themselves."""
+    (tmp_path / "bert").mkdir()
+    for path in (ROOT / "tests" / "fixtures" / "bert").iterdir():
+        shutil.copy(path, tmp_path / "bert")
+    tensors = load_tensors(tmp_path / "bert" / "model.safetensors")
+    save_tensors(
+        tmp_path / "bert" / "model.safetensors", {n: t for n, t in tensors.items() if not n.startswith("cls.")}
+    )
+    found = judged(command, tmp_path / "bert", text_file)
+    assert found["val_loss"] == pytest.approx(0, abs=1e-9) and found["unit"] == "windows"
 
 
 def test_standard_errors():

@@ -21,8 +21,8 @@ from mini.training.start import Settings, check_length, open_run, other_optimize
 
 # Training after compression: with this share of the run's own learning rates, which fall to zero (docs/log.md).
 HEAL_LR = 0.3
-HEAL = dict(steps=0, epochs=0.0, schedule="linear", warmup=0.05, min_lr=0.0, eval_every=0, sample_every=0,
-            checkpoint_every=250)  # fmt: skip
+HEAL = dict(steps=0, epochs=0.0, tokens=0.0, flops=0.0, max_seconds=0.0, schedule="linear", warmup=0.05, min_lr=0.0,
+            eval_every=0, sample_every=0, checkpoint_every=250)  # fmt: skip
 NOT_SHOWN = ("seconds", "tokens_per_s", "mfu", "memory_mb", "sparsity")  # of the run before
 
 

@@ -90,6 +90,9 @@ class Task:
     def check(self, model: Model) -> None:
         """Raises UserError for a model that cannot learn it."""
 
+    def settle(self, result: dict) -> None:
+        """Takes over what learning has settled, of a run that ended in these figures."""
+
     def heads(self) -> dict[str, object]:
         """The heads it needs, as fields of ModelConfig."""
         return {}

@@ -31,17 +31,20 @@ class HiddenStates(Task):
     Config, kinds, command, judged = HiddenConfig, ("bert",), "embed", "hidden"
     pretrains, fixed_shape, teaches = True, True, False
 
-    def __init__(self, train: TokenFile, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int,
+    unit = "windows"
+
+    def __init__(self, train: TokenFile | None, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int,
                  batch_size: int, options: HiddenConfig):  # fmt: skip
         if not options.original:
             raise UserError("--task hidden: name the weights whose hidden states are the measure with --original")
         self.original = Bert.from_published(options.original).requires_grad_(False)
         if tokenizer.vocab_size > self.original.config.vocab_size or max_len > self.original.config.max_len:
             raise UserError(f"{options.original}: it knows fewer tokens, or shorter texts, than are asked for")
+        train = train or valid
         self.options, self.tokenizer, self.seed, self.notes = options, tokenizer, seed, []
         self.checksum = f"{train.sha256}-{valid.sha256}"
         self.train, self.valid, self.room = train.tokens, valid.tokens, max_len - 2
-        self.n = len(self.train) // self.room
+        self.n, self.n_valid = (len(text) // self.room for text in (self.train, self.valid))
         if not self.n or len(self.valid) < self.room:
             raise UserError(f"the text is shorter than --max_len {max_len}: give more, or a smaller --max_len")
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mini.flags import Checked, UserError, option
+from mini.flags import Checked, UserError, of_type, option
 from mini.model.bert import NEVER
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
@@ -75,7 +75,7 @@ class QuestionAnswering(FileTask):
     Config, kinds, command, judged = QAConfig, ("bert",), "answer", "qa"
     best = "f1"
     files = (".json", "python-docs")
-    unit, additive = "windows", False  # what is not among the windows has no answer
+    unit, additive = "questions", False  # one whose windows are missing would count as unanswered
     threshold: float | None = None  # above which there is no answer; None: what is best for these questions
 
     def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int, batch_size: int,
@@ -92,6 +92,7 @@ class QuestionAnswering(FileTask):
         longest = longest_question(max_len, options)
         self.notes += questions_note(train, train_cut, longest) + questions_note(valid, valid_cut, longest)
         self.group(seed, batch_size)
+        self.n_valid = len(self.questions)
         digest = hashlib.sha256()
         for w in [*self.train, *self.valid]:
             digest.update(np.int32([len(w.ids), w.begin, w.first, w.last]).tobytes() + w.ids.tobytes())
@@ -105,6 +106,9 @@ class QuestionAnswering(FileTask):
     @classmethod
     def fits(cls, config: ModelConfig) -> bool:
         return config.spans
+
+    def settle(self, result: dict) -> None:
+        self.threshold = of_type(result.get("null_threshold"), float | None, "result.json: null_threshold")
 
     def heads(self) -> dict[str, object]:
         return dict(spans=True)

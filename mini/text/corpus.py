@@ -36,9 +36,7 @@ class DataConfig(Checked):
 
     data: str = option("python-docs", "text, .jsonl, .gz of either, a folder, a token folder, a known corpus")
     train: str | None = option(None, "training file of the tasks that fine-tune")
-    valid: str | None = option(
-        None, "validation file; without one, the end of --data or a tenth of --train is held out"
-    )
+    valid: str | None = option(None, "validation file; else the end of --data, or a tenth of --train, is held out")
     test: str | None = option(None, "file on which the final weights of fine-tuning are judged, never chosen: test_..")
     valid_fraction: float = option(0.1, "share of --data held out for validation", low=1e-6, high=0.999999)
     separator: str | None = option(None, "what ends a document in a text file, e.g. \\n\\n; without it a file is one")

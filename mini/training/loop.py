@@ -48,16 +48,12 @@ class TrainConfig(Checked):
     steps: int = option(1000, "optimizer steps", low=0)
     epochs: float = option(0.0, "passes over the training data, instead of --steps", low=0)
     tokens: float = option(0.0, "tokens to train on, instead of --steps; for tasks of texts of one length", low=0)
-    flops: float = option(
-        0.0, "arithmetic to train with (3 forward passes a step), instead of --steps; as above", low=0
-    )
+    flops: float = option(0.0, "arithmetic to train with (a step: 3 forward passes), instead of --steps", low=0)
     max_seconds: float = option(0.0, "end sooner, by the clock, the learning rate falling with it; 0: no limit", low=0)
     batch_size: int = option(16, "global batch in sequences, over all ranks and parts", low=1, high=10**7)
     accumulation: int = option(1, "parts into which each rank cuts its share of the batch", low=1, resume=True)
     seed: int = option(1, "seed of weights, order and dropout", low=0, high=2**63 - 1)
-    data_seed: int | None = option(
-        None, "seed of the order, and of what is masked; none: --seed", low=0, high=2**63 - 1
-    )
+    data_seed: int | None = option(None, "seed of the order and of masks; none: --seed", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("auto", "of matrix products; auto: bfloat16 if in hardware", ("auto", "bfloat16", "float32"))
     compile: str = option("auto", "torch.compile; auto: on GPUs (CPUs' sums would vary)", ("auto", "true", "false"))
@@ -79,9 +75,8 @@ class TrainConfig(Checked):
         if not (self.tokens or self.flops):
             return self.steps
         if not task.fixed_shape:
-            raise UserError(
-                f"--{'tokens' if self.tokens else 'flops'}: this task's texts differ in length; give --epochs"
-            )
+            budget = "tokens" if self.tokens else "flops"
+            raise UserError(f"--{budget}: this task's texts differ in length; give --epochs")
         T = model.config.max_len
         work = 3 * model.flops(T, task.predicted) * T * self.batch_size  # of a step, as Kaplan et al. 2020 count
         return max(1, round(self.tokens / (self.batch_size * T) if self.tokens else self.flops / work))
@@ -221,7 +216,8 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         if "best_step" in result:
             checkpoints.load_best(folder, model, state)
         if test is not None:  # by the main process alone
-            test.threshold = result.get("null_threshold")
+            test.settle(result)
+            result["cut"] = result.get("cut", {}) | {"test": test.cut["valid"]}
             figures = evaluate(model, test, world.alone(), dtype, size)
             result |= {f"test_{n.removeprefix('val_')}": v for n, v in figures.items() if isinstance(v, float)}
         finish(model, result, folder)

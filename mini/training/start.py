@@ -201,8 +201,8 @@ def open_task(settings: Settings, world: World) -> Task:
     return task(train, valid, tokenizer, model.max_len, seed, training.batch_size, settings.task_options)
 
 
-def open_test(settings: Settings, path: str, batch_size: int, threshold: float | None = None) -> Task:
-    """The task that a run has learnt, to judge it on a file; threshold: of a run's questions without an answer."""
+def open_test(settings: Settings, path: str, batch_size: int) -> Task:
+    """The task that a run has learnt, to judge it on a file."""
     task, model, tokenizer = settings.task, settings.model, settings.tokenizer
     if not task.reads_text:
         raise UserError(f"--task {settings.job.task} has no files that it could be judged on")
@@ -213,10 +213,7 @@ def open_test(settings: Settings, path: str, batch_size: int, threshold: float |
         valid = folder.valid
     labels = {"labels": settings.labels} if settings.labels else {}
     options = task.judging(settings.task_options)
-    opened = task(None, valid, tokenizer, model.max_len, 0, batch_size, options, **labels)
-    if threshold is not None:
-        opened.threshold = threshold
-    return opened
+    return task(None, valid, tokenizer, model.max_len, 0, batch_size, options, **labels)
 
 
 def open_own_task(settings: Settings, world: World) -> Task:

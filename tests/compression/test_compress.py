@@ -219,6 +219,15 @@ def test_no_weights_are_the_best_before_pruning_ends(classifier, tmp_path, comma
     assert found["best_step"] >= ramp_end(9) == 6 and found["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
+def test_budgets_of_a_run_are_not_those_of_what_is_made_of_it(text_file, tmp_path, command):
+    """Without --steps nothing is trained, whatever ended the run's own training."""
+    budget = ["--tokens", 2560, "--max_seconds", 60, "--sample_every", 0, "--eval_every", 0]
+    command("train_gpt.py", "--data", text_file, *TINY, *budget, "--out", tmp_path / "run")
+    assert result(tmp_path / "run")["steps"] == 10
+    compress(command, "prune", tmp_path / "run", tmp_path / "half", "--sparsity", 0.5)
+    assert result(tmp_path / "half")["steps"] == 0
+
+
 def test_masks_hold_beside_another_method(gpt, tmp_path, command, monkeypatch):
     compress(command, "prune", gpt, tmp_path / "a", "--sparsity", 0.5)
     settings, world, handed = open_run(str(tmp_path / "a")), World("cpu"), []

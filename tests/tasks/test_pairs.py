@@ -110,7 +110,8 @@ def test_held_out_docstrings_are_those_that_pretraining_holds_out(tmp_path):
     folder, _ = prepare_tokens(DataConfig(tokenizer="bytes"), 0, None, set(), ())
     read, held_out = (bytes(split.tokens.astype(np.uint8)).decode() for split in (folder.train, folder.valid))
     valid = python_docs.summaries("valid")
-    assert all(line in held_out for _, _, line in valid)
+    # Of a docstring whose paragraphs all stand elsewhere `documents` has nothing, so that it is on neither side.
+    assert all(line in held_out or line not in read for _, _, line in valid)
     assert sum(line in read for _, _, line in valid) < len(valid) / 10  # what stands twice
 
 
