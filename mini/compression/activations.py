@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mini.model.attention import View
-from mini.model.transformer import Model
+from mini.model.transformer import Block, Model
 from mini.tasks.base import Batch, Task
 from mini.training.devices import progress_bar
 
@@ -53,8 +53,9 @@ def recording(model: Model) -> Iterator[Activations]:
         hooks.enter_context(stack.register_forward_hook(end, with_kwargs=True))
         for block in stack.blocks:
             hooks.enter_context(block.register_forward_hook(leave))
-            hooks.callback(setattr, block.attention, "attend", block.attention.attend)
-            block.attention.attend = noting(block.attention.attend)
+            if isinstance(block, Block):
+                hooks.callback(setattr, block.attention, "attend", block.attention.attend)
+                block.attention.attend = noting(block.attention.attend)
         yield seen
 
 

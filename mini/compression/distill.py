@@ -194,6 +194,8 @@ def matched_layers(student: ModelConfig, teacher: ModelConfig, options: DistillC
     if not options.between_layers:
         return []
     weights, pairs = options.weights(), sorted(layer_map(options.layer_map, student.n_layers, teacher.n_layers))
+    if "lstm" in (student.block, teacher.block) and (weights["attention"] or weights["relations"]):
+        raise UserError("an LSTM has no attention to compare: give --attention 0 and --relations 0")
     mine, theirs = student.layers("n_heads"), teacher.layers("n_heads")
     for m, t in pairs:
         if weights["attention"] and mine[m] != theirs[t]:
@@ -323,7 +325,7 @@ class Distillation:
             return squared_error(*both(mine.hidden[0], theirs.hidden[0]))
         if name == "hidden":
             # Two last layers are compared as their heads see them: with pre-norm, normed.
-            final = {(len(mine.attention) - 1, len(theirs.attention) - 1): (mine.final, theirs.final)}
+            final = {(len(mine.hidden) - 2, len(theirs.hidden) - 2): (mine.final, theirs.final)}
             states = [final.get((m, t), (mine.hidden[m + 1], theirs.hidden[t + 1])) for m, t in pairs]
             return sum(squared_error(*both(x, y)) for x, y in states)
 

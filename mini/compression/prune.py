@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mini.compression.activations import Examples, seeing
 from mini.flags import Checked, UserError, option
+from mini.model.layers import Linear
 from mini.model.sparse import HoldMasks, masks_of, prunable, set_masks, sparsity
-from mini.model.transformer import Linear, Model
+from mini.model.transformer import Model
 
 METHODS = ("magnitude", "random", "wanda", "gradient")
 RAMP = 2 / 3  # the share of the steps in which a cubic schedule prunes; in the rest the model recovers

@@ -126,6 +126,8 @@ def choose_units(model: Model, options: PruneConfig, seed: int, examples: Exampl
 def check_units(model: Model, options: PruneConfig) -> None:
     """Refuses to take away none, all of a layer, or heads that share their keys and values."""
     units, config, counts = options.pattern, model.config, sizes(model, options.pattern)
+    if config.block == "lstm":
+        raise UserError(f"--pattern {units}: an LSTM has none that could go; take unstructured or 2:4")
     compared = counts if options.scope == "layer" else [sum(counts)]
     gone = [round(options.sparsity * n) for n in compared]
     if not any(gone):

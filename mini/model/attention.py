@@ -188,13 +188,16 @@ class KVCache:
     """The keys and values of earlier tokens, so that a new token costs one token's work.
 
     keys, values: for each layer (B, K, S, D). Row b's token at place p lies in slot p modulo S, where S is, with a
-    window, no more than a query sees: so that a token costs the same however long the text has become.
+    window, no more than a query sees: so that a token costs the same however long the text has become. Of an LSTM they
+    are its h and c.
     """
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype):
         heads = [config.n_kv_heads or h for h in config.layers("n_heads")]
         slots = [min(length, window + 1 if window else length) for window in config.layers("window")]
         shapes = [(batch, h, n, config.head_size) for h, n in zip(heads, slots, strict=True)]
+        if config.block == "lstm":
+            shapes = [(batch, 1, 1, config.d_model)] * config.n_layers
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for shape in shapes]
         self.length = length  # slots that attention looks at, at most; generate() keeps it as short as it can

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mini.model.config import ModelConfig
+from mini.model.layers import Linear, linear_flops, make_norm
 from mini.model.published import bert_config, bert_tensors, with_heads
-from mini.model.transformer import Linear, Model, at_positions, linear_flops, make_activation, make_norm, real_tokens
+from mini.model.transformer import Model, at_positions, make_activation, real_tokens
 from mini.tensors import loaded
 
 NEVER = -1e9  # a score so low that its probability is zero, and still no infinity

@@ -13,6 +13,8 @@ class ModelConfig(Checked):
     """The model. A GPT and a BERT differ in these values only; the defaults are GPT-2's ways, small."""
 
     n_layers: int = option(6, "number of blocks", low=1, high=1000, fixed=True)
+    block: str = option("transformer", "attention and MLP, or an LSTM, which has nothing of their settings",
+                       ("transformer", "lstm"), fixed=True)  # fmt: skip
     n_heads: int | list[int] = option(6, "attention heads; one number, or one for each layer: 6,6,4", low=1, fixed=True)
     n_kv_heads: int = option(0, "key/value heads, each for n_heads / n_kv_heads queries; 0: n_heads", low=0, fixed=True)
     d_model: int = option(384, "width of the residual stream (C)", low=1, fixed=True)
@@ -67,6 +69,10 @@ class ModelConfig(Checked):
             raise UserError("--embed_norm: with --norm_place post there is a norm behind the embedding already")
         if self.n_segments == 1:
             raise UserError("--n_segments 1: a pair of texts has two; give 0 for none")
+        if self.block == "lstm" and not self.causal:
+            raise UserError("--block lstm: it reads forwards alone, and a BERT sees both sides")
+        if self.block == "lstm" and any(self.layers("window")):
+            raise UserError("--block lstm: it has no attention that --window could limit")
         if 1 in self.layers("window"):
             raise UserError("--window 1: two neighbours are no context; give more, or 0 for all tokens")
         if self.n_global and self.causal:
@@ -102,7 +108,8 @@ class ModelConfig(Checked):
     @property
     def endless(self) -> bool:
         """Whether it reads texts of any length at a cost for each token that does not grow: max_len is no bound."""
-        return self.causal and self.positions in ("rope", "none") and all(self.layers("window"))
+        near = self.block == "lstm" or all(self.layers("window"))
+        return self.causal and self.positions in ("rope", "none") and near
 
     @property
     def n_rows(self) -> int:

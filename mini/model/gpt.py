@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mini.errors import UserError
 from mini.model.attention import KVCache
 from mini.model.config import ModelConfig
+from mini.model.layers import Linear, linear_flops
 from mini.model.published import gpt2_config, gpt2_tensors
-from mini.model.transformer import Linear, Model, at_positions, linear_flops, real_tokens
+from mini.model.transformer import Model, at_positions, real_tokens
 from mini.tensors import loaded
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mini.model.transformer import Embedding, Linear
+from mini.model.layers import Embedding, Linear
 
 # For torch.compile: a layer's input is needed twice, for its scale and to be scaled; GELU is to be computed once.
 INDUCTOR = {"realize_opcount_threshold": 8}

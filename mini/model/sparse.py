@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mini.errors import UserError
-from mini.model.transformer import Embedding, Linear
+from mini.model.layers import Embedding, Linear
 
 
 class Masks(nn.Module):

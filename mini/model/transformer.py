@@ -1,4 +1,4 @@
-"""The heart: positions, attention, MLP, norms, Block, and the stack of them that GPT and BERT share.
+"""The heart: positions, attention, MLP, Block, and the stack of them that GPT and BERT share.
 
 Shapes: B batch, T time (queries), S time (keys), C channels, H heads, K key/value heads, D head size, V vocabulary.
 """
@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_later
 
-from mini.model.attention import ATTENTION, KVCache, View, drop
+from mini.model.attention import ATTENTION, KVCache, View
 from mini.model.config import ModelConfig
+from mini.model.layers import Dropout, Embedding, Linear, linear_flops, make_norm, residual_std
+from mini.model.lstm import LSTM
 
 # A function, or a class of modules for one with parameters of its own.
 ACTIVATIONS = {
@@ -29,59 +31,6 @@ ACTIVATIONS = {
 def make_activation(config: ModelConfig) -> Callable[[Tensor], Tensor]:
     found = ACTIVATIONS[config.activation]
     return found() if isinstance(found, type) else found
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    """LayerNorm (Ba et al. 2016), or RMSNorm: no mean, no bias (Zhang & Sennrich 2019)."""
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
-    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
-
-
-class Dropout(nn.Dropout):
-    def forward(self, x: Tensor) -> Tensor:
-        return drop(x, self.p) if self.training else x
-
-
-class Linear(nn.Linear):
-    """y = xWᵀ + b, for all matrices that compression and Muon treat. (A head with a few outputs is an nn.Linear.)
-
-    parts: the rows of each of several matrices that are stored as one. std: of the first values.
-    In a compiled CPU step of a single token the product is written as a sum that is fused with its surroundings, as
-    the library is slow at one bfloat16 row (docs/log.md).
-    """
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = True, parts: list[int] | None = None,
-                 std: float = 0.02, **options):  # fmt: skip
-        super().__init__(inputs, outputs, bias, **options)
-        self.parts, self.std = parts or [outputs], std
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.size(-1):
-            y = (self.weight.float() * x.float().flatten()).sum(dim=-1)  # (out, in) * (in) -> (out)
-            y = y if self.bias is None else y + self.bias.float()
-            return y.to(x.dtype).view(*x.shape[:-1], -1)
-        stored_short = self.weight.dtype == torch.bfloat16 and x.dtype == torch.float32  # by Model.store
-        return F.linear(x, self.weight.float(), self.bias) if stored_short else super().forward(x)
-
-
-class Embedding(nn.Embedding):
-    """A table looked up by token, which compression treats like a matrix. (Positions and segments: nn.Embedding.)"""
-
-    role = "embedding"
-    by_token = True
-
-
-def linear_flops(module: nn.Module) -> float:
-    """Multiply-adds × 2 of all linear layers in a module, for one token."""
-    return sum(2.0 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def residual_std(config: ModelConfig) -> float:
-    """Of a matrix that adds to the residual stream: GPT-2 keeps its variance independent of depth, BERT's norms do."""
-    if config.zero_init:
-        return 0.0
-    return 0.02 * (2 * config.n_layers) ** -0.5 if config.norm_place == "pre" else 0.02
 
 
 def draw(weight: nn.Parameter, name: str, seed: int, std: float) -> None:
@@ -226,10 +175,21 @@ class Block(nn.Module):
         x = self.norm1(x + self.dropout(self.attention(x, tokens, view, rope, cache)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
+    @property
+    def window(self) -> int:
+        return self.attention.window
+
+    @property
+    def rope_base(self) -> float | None:
+        return self.attention.rope_base
+
     def flops(self, length: int) -> float:
         """Forward, for one token among `length`: of linear layers, and of modules that have arithmetic beside them."""
         own = [module.flops for module in self.modules() if module is not self and hasattr(module, "flops")]
         return linear_flops(self) + sum(flops(length) for flops in own)
+
+
+BLOCKS = {"transformer": Block, "lstm": LSTM}
 
 
 # ---------------------------------------------------------------- the stack
@@ -248,7 +208,7 @@ class Transformer(nn.Module):
         if config.positions == "sinusoidal":
             self.register_buffer("sinusoids", sinusoids(config.max_len, C), persistent=False)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(BLOCKS[config.block](config, layer) for layer in range(config.n_layers))
         # Post-norm normalises the embedding instead, since its blocks end in a norm; ModernBERT both.
         self.norm = make_norm(config)
         self.embed_norm = make_norm(config) if config.embed_norm else None
@@ -285,14 +245,13 @@ class Transformer(nn.Module):
         x = self.dropout(x)
 
         views, ropes = {}, {None: None}  # layers of one kind share theirs
-        for attention in (block.attention for block in self.blocks):
-            window, base = attention.window, attention.rope_base
-            if window not in views:
-                views[window] = View(c.causal, real, window, c.n_global, documents, places)
-            if base not in ropes:
-                ropes[base] = rope_at(at, c.head_size, base).unsqueeze(-2)  # (2, [B,] T, 1, D)
         for block in self.blocks:
-            rest = tokens, views[block.attention.window], ropes[block.attention.rope_base], cache
+            if block.window not in views:
+                views[block.window] = View(c.causal, real, block.window, c.n_global, documents, places)
+            if block.rope_base not in ropes:
+                ropes[block.rope_base] = rope_at(at, c.head_size, block.rope_base).unsqueeze(-2)  # (2, [B,] T, 1, D)
+        for block in self.blocks:
+            rest = tokens, views[block.window], ropes[block.rope_base], cache
             if self.checkpoint_activations and self.training:
                 x = recompute_later(block, x, *rest, use_reentrant=False)
             else:

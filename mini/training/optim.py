@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mini.flags import Checked, option
-from mini.model.transformer import Linear
+from mini.model.layers import Linear
 
 
 @dataclass

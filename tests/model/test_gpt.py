@@ -34,6 +34,8 @@ VARIANTS = {
     "reference": dict(attention="reference"),
     "windows": dict(positions="rope", window=[3, 0], rope_base=[10000.0, 160000.0]),
     "windows, learned positions": dict(window=5),
+    "lstm": dict(block="lstm", tied=False),
+    "lstm, post-norm": dict(block="lstm", norm_place="post", bias=False),
 }
 
 
@@ -108,10 +110,12 @@ def test_packed_documents_are_as_each_alone(name):
     assert not torch.allclose(packed[:, 9:], model(torch.cat([a, b], dim=1))[:, 9:])
 
 
+@pytest.mark.parametrize("block", [dict(positions="rope", window=[3, 5], value_embeddings=True),
+                                   dict(positions="none", block="lstm")])  # fmt: skip
 @pytest.mark.parametrize("prompt", [1, 2, 9, 30])
-def test_with_windows_alone_a_text_has_no_end(prompt):
-    """And its cache no more slots than a query sees: max_len is 24, the windows 3 and 5."""
-    model, tokens = build(positions="rope", window=[3, 5], value_embeddings=True), random_tokens(2, prompt)
+def test_with_windows_alone_a_text_has_no_end(prompt, block):
+    """And its cache no more slots than a query sees: max_len is 24, the windows 3 and 5. Nor has it for an LSTM."""
+    model, tokens = build(**block), random_tokens(2, prompt)
     with_cache = model.generate(tokens, 60)
     assert torch.equal(with_cache, model.generate(tokens, 60, use_cache=False))
     plain = tokens
@@ -119,7 +123,7 @@ def test_with_windows_alone_a_text_has_no_end(prompt):
         plain = torch.cat([plain, model(plain)[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(with_cache, plain)
     cache = KVCache(model.config, 2, 100_000, tokens.device, torch.float32)
-    assert [keys.size(2) for keys in cache.keys] == [4, 6]
+    assert [keys.size(2) for keys in cache.keys] == ([1, 1] if "block" in block else [4, 6])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "modern", "windows"])
