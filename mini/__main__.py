@@ -22,7 +22,7 @@ from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.presets import BERT
 from mini.storage import atomic_file, write_text
-from mini.tasks import qa
+from mini.tasks import TASKS, qa
 from mini.tasks.classify import ClassifyConfig
 from mini.tasks.inputs import masked_ids, pad, pad_texts, text_cuts, text_ids
 from mini.tasks.masked import show_token
@@ -69,7 +69,8 @@ def sample(argv: list[str]) -> None:
     device = pick_device(options.device)
     model, tokenizer = load_run(options.run, device, kind="gpt")
     model.to(getattr(torch, options.dtype))
-    rows = [tokenizer.encode(prompt) for prompt in options.prompts]
+    task = "lm" if is_published(options.run) else read_config(options.run).task
+    rows = [TASKS[task].ask(tokenizer, prompt) for prompt in options.prompts]
     lengths = torch.tensor([len(row) for row in rows], device=device)
     for prompt, row in zip(options.prompts, rows, strict=True):
         if not row:

@@ -2,6 +2,7 @@
 
 from mini.tasks.base import Task
 from mini.tasks.classify import Classification
+from mini.tasks.denoise import Denoising
 from mini.tasks.hidden import HiddenStates
 from mini.tasks.lm import LanguageModelling
 from mini.tasks.masked import MaskedLanguageModelling
@@ -10,6 +11,7 @@ from mini.tasks.qa import QuestionAnswering
 
 TASKS: dict[str, type[Task]] = {  # of those that a model can learn, the first that pretrains is the default
     "lm": LanguageModelling,
+    "denoise": Denoising,
     "mlm": MaskedLanguageModelling,
     "classify": Classification,
     "pairs": PromptAnswers,

@@ -16,6 +16,7 @@ from mini.errors import UserError
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.order import Grouped
+from mini.text.tokenizer import Tokenizer
 
 IGNORE = -100  # a target that is not predicted
 
@@ -81,6 +82,11 @@ class Task:
     def judging(cls, options):
         """These settings, as far as a model can be judged by them on any file."""
         return options
+
+    @staticmethod
+    def ask(tokenizer: Tokenizer, prompt: str) -> list[int]:
+        """What a model that writes goes on from."""
+        return tokenizer.encode(prompt)
 
     @staticmethod
     def texts(path: str) -> Iterable[str]:

@@ -13,7 +13,7 @@ from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, Task
-from mini.tasks.inputs import check_documents, document_numbers
+from mini.tasks.inputs import check_documents, document_numbers, pad
 from mini.tasks.metrics import bits_per_byte
 from mini.tasks.order import shuffled
 from mini.text.tokenizer import Tokenizer
@@ -35,6 +35,15 @@ class NextToken(Task):
         loss, count, n_bytes = (float(sums[name]) for name in ("lm", "count/lm", "bytes"))
         figures = {"val_loss": loss / count}
         return figures | {"val_bpb": bits_per_byte(loss, n_bytes)} if self.tokenizer.lossless and n_bytes else figures
+
+    def write(self, model: Model, prompts: list[list[int]], most: int) -> list[list[int]]:
+        """The greedy continuations of prompts up to <|endoftext|>, of `most` tokens at the most."""
+        eot, device = self.tokenizer.eot, next(model.parameters()).device
+        tokens, lengths = pad(prompts, eot), [len(prompt) for prompt in prompts]
+        out = model.generate(tokens.to(device), most, lengths=torch.tensor(lengths, device=device), stop=[eot])
+        n = out.size(1) - tokens.size(1)  # fewer than `most` where all have ended
+        new = (row[length : length + n] for row, length in zip(out.tolist(), lengths, strict=True))
+        return [ids[: ids.index(eot)] if eot in ids else ids for ids in new]
 
     def beats_chance(self, figures: dict) -> bool:
         return figures["val_loss"] < 0.99 * math.log(self.tokenizer.vocab_size)  # which rounding alone does not reach
@@ -79,6 +88,10 @@ class LanguageModelling(NextToken):
     @classmethod
     def fits(cls, config: ModelConfig) -> bool:
         return config.causal and not config.n_classes
+
+    def check(self, model: Model) -> None:
+        if self.documents and model.config.block == "lstm":
+            raise UserError("--document_mask: an LSTM carries its state over from document to document; leave it out")
 
     def batch(self, indices: np.ndarray) -> Batch:
         """The windows of these example numbers: tokens and targets (B, T)."""

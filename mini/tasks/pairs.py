@@ -114,7 +114,7 @@ class PromptAnswers(NextToken, FileTask):
                 prompts.append(row[max(0, begin - self.max_len + self.longest) : begin])
                 numbers.append(number)
         if prompts and bool(torch.isfinite(losses["lm"])):  # else the run has diverged, as the loop will say
-            written = self.write(model, prompts, self.longest)
+            written = [self.tokenizer.decode(ids) for ids in self.write(model, prompts, self.longest)]
             sums = np.sum([overlap(text, self.golds[i]) for text, i in zip(written, numbers, strict=True)], axis=0)
         return losses | {"overlap": torch.from_numpy(sums)}
 
@@ -132,20 +132,10 @@ class PromptAnswers(NextToken, FileTask):
         judged = f"{len(self.golds)} answers: {mine} (copying the prompt's first sentence: {copied})"
         return super().summary(result) + ([judged] if names else [])
 
-    def write(self, model: Model, prompts: list[list[int]], most: int) -> list[str]:
-        """The greedy answers to prompts, of `most` tokens at the most."""
-        device = next(model.parameters()).device
-        tokens, lengths = pad(prompts, self.tokenizer.eot), [len(prompt) for prompt in prompts]
-        out = model.generate(tokens.to(device), most, lengths=torch.tensor(lengths, device=device),
-                             stop=[self.tokenizer.eot])  # fmt: skip
-        n = out.size(1) - tokens.size(1)  # fewer than `most` where all have ended
-        new = (row[length : length + n] for row, length in zip(out.tolist(), lengths, strict=True))
-        return [self.tokenizer.decode([i for i in ids if i != self.tokenizer.eot]) for ids in new]
-
     def sample(self, model: Model) -> str:
         ids, begin, _ = self.valid[0]
         (written,) = self.write(model, [ids[:begin]], 40)
-        return f"{self.tokenizer.decode(ids[:begin])}\n-> {written}"
+        return f"{self.tokenizer.decode(ids[:begin])}\n-> {self.tokenizer.decode(written)}"
 
     def example(self) -> list[str]:
         ids, begin, _ = self.valid[0]
