@@ -51,15 +51,16 @@ from mini.training.checkpoints import read_metrics, read_result
 from mini.training.devices import progress_bar
 from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
+from mini.training.part import PartConfig
 from mini.training.speed import load_pyplot
 from mini.training.start import Job
 from mini.verdict import ALPHA, compare, mean_sd
 
-TRAINING = [Job, ModelConfig, DataConfig, OptimConfig, TrainConfig]
+TRAINING = [Job, ModelConfig, DataConfig, OptimConfig, TrainConfig, PartConfig]
 SCRIPTS: dict[str, list[type]] = {  # and whose fields are its flags, beside those of tasks
     "train_gpt.py": TRAINING,
     "train_bert.py": TRAINING,
-    "compress.py": [CompressOptions, PruneConfig, QuantConfig, ReduceConfig, DistillConfig, *TRAINING[2:]],
+    "compress.py": [CompressOptions, PruneConfig, QuantConfig, ReduceConfig, DistillConfig, *TRAINING[2:5]],
 }
 NAME = re.compile(r"\w[\w.+-]*")  # of an arm, which is a folder too
 DONE = re.compile(r"(\d+)/(\d+) \[[^\]]*step")  # in a training's progress bar

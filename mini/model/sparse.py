@@ -57,7 +57,7 @@ class HoldMasks:
         self.model = model
 
     @torch.no_grad()
-    def after_backward(self) -> None:
+    def after_backward(self, done: int, steps: int) -> None:
         """Gradients of masked weights are zero before their norm is taken: those that stay are clipped by their own."""
         for name, mask in masks_of(self.model).items():
             if (gradient := self.model.get_parameter(name).grad) is not None:

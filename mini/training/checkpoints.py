@@ -15,7 +15,7 @@ from torch import nn
 
 from mini import storage
 from mini.flags import UserError, from_dict, of_type
-from mini.model import int8, sparse
+from mini.model import int8, lora, sparse
 from mini.tensors import load_tensors, load_weights, save_tensors, weights
 
 LEARNING = "learning."  # before the names of what is never served
@@ -42,8 +42,8 @@ class State:
 
 
 def served(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights without what exists only while they learn."""
-    return {name: tensor for name, tensor in weights(model).items() if not name.startswith(LEARNING)}
+    """The weights without what exists only while they learn, which adapters have learnt in them."""
+    return {name: tensor for name, tensor in lora.merged(weights(model)).items() if not name.startswith(LEARNING)}
 
 
 def save_model(model: nn.Module, folder: Path) -> dict:

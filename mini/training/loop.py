@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mini.flags import Checked, UserError, option
+from mini.model import lora
 from mini.model.transformer import Model
 from mini.tasks.base import Batch, Task
 from mini.tasks.order import mix
@@ -101,9 +102,9 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     """Trains to the end, from the newest checkpoint in folder if there is one; returns the final figures.
 
     objective: what is minimised, if not the task alone; it has a task's loss(), counts(), loss_weights, default_weight,
-    best and fixed_shape. methods: what acts beside the optimizer, such as a pruning schedule, with after_backward() and
-    after_step(done, steps), which returns False as long as no weights may count as the best. test: on which the final
-    weights are judged, nothing being chosen by it.
+    best and fixed_shape. methods: what acts beside the optimizer, such as a pruning schedule, with
+    after_backward(done, steps) and after_step(done, steps), which returns False as long as no weights may count as the
+    best. test: on which the final weights are judged, nothing being chosen by it.
     Writes metrics.jsonl, checkpoints, and at the end model.safetensors and result.json.
     Raises UserError where the loss stops being a number; SystemExit after SIGTERM or Ctrl-C, a checkpoint written.
     """
@@ -134,7 +135,8 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13's name
         buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}  # all ranks compute the same ones
         losses_of = DistributedDataParallel(losses_of, **buffers)
-    speed = Speedometer(model, task.predicted if objective.fixed_shape else 0, dtype, world, state)
+    counted = objective.fixed_shape and all(p.requires_grad for p in model.parameters())  # else a step does less
+    speed = Speedometer(model, task.predicted if counted else 0, dtype, world, state)
 
     began = time.perf_counter() - state["seconds"]
     bar = progress_bar(total=steps, initial=state["step"], disable=not (world.main and steps), unit="step")
@@ -152,7 +154,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
             batches = micro_batches(task, step, size, options, world)
             losses, weights, n_tokens = backward(losses_of, objective, model.loss_weights, batches, dtype, world)
             for method in methods:
-                method.after_backward()
+                method.after_backward(at, steps)
             loss = sum(weights[name] * value for name, value in losses.items())
             norm = clip_gradients(model, optim.clip)
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -198,7 +200,8 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
             if last:
                 break
 
-    model.learning = nn.ModuleDict()  # it has served
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lora.settle(model)
     if not steps:  # a run that is only judged
         figures = state["best"] = evaluate(model, task, world, dtype, size)
         if not math.isfinite(figures["val_loss"]):
@@ -207,6 +210,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     result = {
         **(state["best"] if objective.best else figures), "steps": state["step"], "tokens": state["tokens"],
         **speed.overall(state), "seconds": time.perf_counter() - began, "parameters": model.num_params(),
+        "trained_parameters": trained,
         "device": str(world.device), "dtype": str(dtype).removeprefix("torch."),
         "memory_mb": peak_memory(world.device),
     }  # fmt: skip

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from mini.flags import UserError, from_dict
-from mini.model import int8, sparse
+from mini.model import int8, lora, sparse
 from mini.model.bert import Bert
 from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
@@ -38,6 +38,7 @@ from mini.training.checkpoints import LEARNING, newest_checkpoint, read_result
 from mini.training.devices import World
 from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
+from mini.training.part import PartConfig
 
 MODELS: dict[str, type[Model]] = {"gpt": GPT, "bert": Bert}
 FORMAT = 3  # of older ones finished runs open, but one that is not finished cannot go on, as training has changed
@@ -60,6 +61,7 @@ class RunConfig:
     optim: OptimConfig
     train: TrainConfig
     task_options: object = None  # of the task's Config
+    part: PartConfig = field(default_factory=PartConfig)  # what of init learns
     init: str | None = None  # the run or published folder that the weights started from
     labels: list[str] = field(default_factory=list)  # of a classifier
     tokens: str = ""  # checksum of the training and validation tokens
@@ -135,7 +137,7 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
     else:
         config = read_config(folder)
         path = newest_weights(folder)
-        tensors = {name: t for name, t in load_tensors(path).items() if not name.startswith(LEARNING)}
+        tensors = {name: t for name, t in lora.merged(load_tensors(path)).items() if not name.startswith(LEARNING)}
         plain = partial(MODELS[config.kind], config.model)
         tensors = sparse.unpack(tensors, lambda: weights_wanted(plain, folder), path)
 

@@ -23,6 +23,7 @@ from mini.training.checkpoints import drop_best, read_result
 from mini.training.devices import World
 from mini.training.loop import TrainConfig, micro_batch_size, train
 from mini.training.optim import OptimConfig
+from mini.training.part import PartConfig, choose_part
 
 FINETUNE = dict(optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01, epochs=3.0,
                 batch_size=32, eval_every=0, sample_every=0)  # fmt: skip
@@ -52,6 +53,7 @@ class Settings:
     train: TrainConfig
     task_options: object  # of the task's Config, or None
     given: set[str]  # names of the flags that were given
+    part: PartConfig = field(default_factory=PartConfig)  # what of the model of --init learns
     source: Model | None = None  # the model of --init
     tokenizer: Tokenizer | None = None  # its tokenizer; once the task is open, that of the run
     labels: list[str] = field(default_factory=list)  # its classes
@@ -76,16 +78,18 @@ def read_settings(argv: list[str], description: str, kind: str, presets: dict, f
     if not task.pretrains:
         defaults = finetune | defaults
     defaults |= other_optimizer(argv, presets.get(preset, {}) | defaults, task.pretrains)
-    classes = [Job, ModelConfig, DataConfig, OptimConfig, TrainConfig, *filter(None, [task.Config])]
+    classes = [Job, ModelConfig, DataConfig, OptimConfig, TrainConfig, PartConfig, *filter(None, [task.Config])]
     description = f"{description}\n\n--task is one of {', '.join(names)}; each has flags and defaults of its own."
     objects, given = parse_flags(argv, classes, description, presets, **defaults)
-    settings = Settings(kind, *objects[:5], *(objects[5:] or [None]), given)
+    settings = Settings(kind, *objects[:5], *(objects[6:] or [None]), given, objects[5])
     if task.pretrains and (unused := given & {"train", "test"}):
         raise UserError(f"--{min(unused)} is a file to fine-tune on; --task {name} reads --data")
     if task.reads_text and not task.pretrains and (unused := given & TEXT_FLAGS):
         raise UserError(f"--{min(unused)} is of text to pretrain on; --task {name} needs --train FILE and --valid FILE")
     if not task.reads_text and (unused := given & (field_names(DataConfig) - {"tokenizer"})):
         raise UserError(f"--{min(unused)} has no effect here: --task {name} makes its examples itself; leave it out")
+    if not settings.job.init and (unused := given & field_names(PartConfig)):
+        raise UserError(f"--{min(unused)}: a part of what? It is for a model that has learnt already: give --init")
     check_length(settings)
     if not settings.train.trains:
         raise UserError("--steps 0: must be at least 1")
@@ -152,7 +156,7 @@ def open_run(source: str, tokenizer: str | None = None) -> Settings:
     saved = published_config(model, source) if runs.is_published(source) else runs.read_config(source)
     settings = Settings(
         saved.kind, Job(saved.task, source), model.config, saved.data, saved.optim, saved.train, saved.task_options,
-        set(), model, labels=runs.read_labels(source), quant=saved.quant,
+        set(), source=model, labels=runs.read_labels(source), quant=saved.quant,
     )  # fmt: skip
     settings.tokenizer = init_tokenizer(source, tokenizer, special_tokens(settings))
     runs.check_vocabulary(settings.model, settings.tokenizer, source)
@@ -246,7 +250,9 @@ def make_model(settings: Settings, task: Task) -> Model:
 def learn(settings: Settings, world: World) -> None:
     """The whole story of a training."""
     task = open_task(settings, world)  # text -> tokens -> the examples of each step
-    train_run(settings, make_model(settings, task), task, world)
+    model = make_model(settings, task)
+    methods = choose_part(model, settings.part, settings.job.init) if settings.job.init else []
+    train_run(settings, model, task, world, methods=methods)
 
 
 def train_run(
@@ -255,7 +261,7 @@ def train_run(
     """Trains in the run's folder, new or going on, and says how it went. The rest is as train() takes it."""
     s = settings
     config = runs.RunConfig(
-        s.kind, s.job.task, s.model, s.data, s.optim, s.train, s.task_options, s.job.init, list(task.labels),
+        s.kind, s.job.task, s.model, s.data, s.optim, s.train, s.task_options, s.part, s.job.init, list(task.labels),
         task.checksum, **({"quant": s.quant} | s.compression),
     )  # fmt: skip
     task.check(model)
@@ -298,7 +304,9 @@ def prologue(model: Model, task: Task, world: World) -> str:
     name = f"{type(model).__name__} with {model.num_params():,} parameters"
     processes = f"{world.size} process{'es' * (world.size > 1)} on {world.device}"
     notes = [f"note: {note}" for note in task.notes]
-    return "\n".join([*notes, f"{name}: {shape}", f"{task.n:,} training examples; {processes}"])
+    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    part = f"; {learn:,} parameters learn" if learn < model.num_params() else ""
+    return "\n".join([*notes, f"{name}: {shape}{part}", f"{task.n:,} training examples; {processes}"])
 
 
 def epilogue(task: Task, result: dict) -> str:

@@ -153,7 +153,7 @@ def test_gradients_of_masked_weights_do_not_count():
     model = make(GPT_WAYS[0])
     prune.prune(model, PruneConfig(0.9), 0.9, 0)
     lm_loss(model, tokens(), tokens().roll(-1, 1)).backward()
-    sparse.HoldMasks(model).after_backward()
+    sparse.HoldMasks(model).after_backward(0, 1)
     for name, mask in sparse.masks_of(model).items():
         gradient = model.get_parameter(name).grad
         assert (gradient[~mask] == 0).all() and gradient[mask].abs().sum() > 0
