@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mini.compression.distill import DistillConfig
 from mini.compression.prune import PruneConfig
@@ -48,7 +49,7 @@ from mini.storage import locked, read_json, write_json, write_text
 from mini.tasks import TASKS
 from mini.text.corpus import DataConfig
 from mini.training.checkpoints import read_metrics, read_result
-from mini.training.devices import progress_bar
+from mini.training.devices import device_name, progress_bar
 from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
 from mini.training.part import PartConfig
@@ -402,13 +403,19 @@ def ablate(options: AblateOptions) -> None:
         runs = [make_run(spec, script, out, arm, seed, chosen[arm], False) for seed in spec.seeds for arm in spec.arms]
         train_all(runs, options.workers, spec)
         arms = judge(spec, runs)
+        results = [finished(path.parent) for path in out.glob("runs/*/*/result.json")]
+        hours = sum(result.get("seconds", 0.0) for result in results) / 3600
+        notes.append(f"{len(results)} runs, {hours:.2f} hours in all, on {device_name(torch.device('cpu'))}.")
         text = table(spec, arms, notes)
-        result = {name: getattr(spec, name) for name in ("figure", "better", "baseline", "seeds")} | {"arms": arms}
+        result = {name: getattr(spec, name) for name in ("figure", "better", "baseline", "seeds")}
+        result |= {"hours": hours, "arms": arms}
         write_text(out / "table.md", text)
         plot(spec, runs, arms, out / "result.png")
         write_json(out / "result.json", result)
     print("\n" + text)
     print(json.dumps({"out": str(out), **result}))
+    if not results:
+        raise UserError(f"{out}: every run failed, as their .log files tell")
 
 
 def keep_spec(spec: Spec, out: Path) -> None:

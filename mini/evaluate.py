@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mini.flags import Checked, UserError, option
 from mini.model.transformer import Model
-from mini.tasks.base import Task
+from mini.tasks.base import IGNORE, Task
 from mini.tasks.inputs import pad, pad_texts, text_ids
 from mini.tasks.metrics import with_error
 from mini.text.rows import parse_json_row, read_rows
@@ -211,10 +212,14 @@ def likelihoods(
         chosen = [asked[i] for i in order[first : first + batch_size]]
         tokens = pad([ids for ids, *_ in chosen], 0)
         if model.kind == "gpt":
-            logits = model(tokens[:, :-1].to(next(model.parameters()).device)).float()
-            found = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None].to(logits.device))[..., 0].cpu()  # (B, T - 1)
-            for i, (_, begin, count), row in zip(order[first : first + batch_size], chosen, found, strict=True):
-                scores[i] = float(row[max(0, begin - 1) : begin + count - 1].sum())
+            places = [[*range(max(1, begin), begin + count)] for _, begin, count in chosen]  # nothing tells the first
+            targets = pad(
+                [[ids[p] for p in at] for at, (ids, *_) in zip(places, chosen, strict=True)], IGNORE
+            )  # (B, M)
+            inputs = {"tokens": tokens[:, :-1], "positions": pad([[p - 1 for p in at] for at in places], 0)}  # (B, M)
+            logits = model.answers(to_device(inputs, model))["lm"].flatten(0, 1).float().cpu()  # (B M, V)
+            losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="none")
+            scores[order[first : first + batch_size]] = -losses.view(targets.shape).double().sum(-1).numpy()
         else:
             places = torch.tensor([[begin] for _, begin, _, _ in chosen])
             targets = tokens.gather(1, places)

@@ -16,6 +16,9 @@ GPT2 = dict(max_len=1024, vocab_size=50257, tokenizer="gpt2", optimizer="adamw",
 GPT_PRESETS: dict[str, dict] = {
     "laptop": dict(LAPTOP, max_len=256, vocab_size=1024, weight_decay=0.1, batch_size=4, steps=1040, eval_every=520,
                    sample_every=520, checkpoint_every=260),
+    # Four times the context, as many tokens in a step; three layers of four look at 128 tokens (docs/long-texts.md).
+    "laptop-long": dict(LAPTOP, max_len=1024, window=[128, 128, 128, 0], vocab_size=1024, weight_decay=0.1,
+                        batch_size=1, steps=1040, eval_every=520, sample_every=520, checkpoint_every=260),
     "char": dict(MODERN, n_layers=4, n_heads=4, d_model=128, max_len=64, tokenizer="bytes", data="tinyshakespeare",
                  batch_size=12, steps=2000, eval_every=500, turns=1),
     "gpt2": dict(GPT2, n_layers=12, n_heads=12, d_model=768),
