@@ -180,7 +180,7 @@ def for_all(texts: list, where: str, compute: Callable, model: Model, tokenizer:
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i][0]))  # alike lengths: less padding
     outputs = []
     for chunk in progress(order, batch_size):
-        inputs = pad_texts([encoded[i] for i in chunk], tokenizer)
+        inputs = pad_texts([encoded[i] for i in chunk], tokenizer, model.config.max_len)
         outputs.append(compute(**{name: tensor.to(device) for name, tensor in inputs.items()}).float().cpu())
     return numbers(torch.cat(outputs), where)[np.argsort(order)]
 
@@ -264,7 +264,7 @@ def answer(argv: list[str]) -> None:
     warn(qa.questions_note(repr(options.question[:40]), cut, qa.longest_question(model.config.max_len, settings)))
     spans = []
     for chunk in progress(windows, 32):
-        inputs = qa.collate(chunk, tokenizer).to(device).inputs
+        inputs = qa.collate(chunk, tokenizer, model.config.max_len).to(device).inputs
         logits = numbers(model.find_spans(inputs["tokens"], inputs["lengths"], inputs["segments"]), options.run)
         found = qa.best_spans(*logits.unbind(1), inputs["context"], settings.n_best, settings.max_answer)
         spans.append(found.cpu())

@@ -154,7 +154,7 @@ def judge_next(path: str, model: Model, tokenizer: Tokenizer, batch_size: int) -
         encoded.append(text_ids(tokenizer, model.config.max_len, *parts))
     logits = []
     for begin in progress_bar(range(0, len(rows), batch_size), leave=False, delay=2, unit="batch"):
-        inputs = to_device(pad_texts(encoded[begin : begin + batch_size], tokenizer), model)
+        inputs = to_device(pad_texts(encoded[begin : begin + batch_size], tokenizer, model.config.max_len), model)
         inputs["positions"] = torch.zeros_like(inputs["tokens"][:, :1])
         logits.append(model.answers(inputs)["nsp"].float().cpu())
     right = torch.cat(logits).argmax(-1).numpy() == np.array(labels)
@@ -210,7 +210,7 @@ def likelihoods(
     scores = np.zeros(len(rows))
     for first in progress_bar(range(0, len(order), batch_size), leave=False, delay=2, unit="batch"):
         chosen = [asked[i] for i in order[first : first + batch_size]]
-        tokens = pad([ids for ids, *_ in chosen], 0)
+        tokens = pad([ids for ids, *_ in chosen], 0, model.config.max_len)
         if model.kind == "gpt":
             places = [[*range(max(1, begin), begin + count)] for _, begin, count in chosen]  # nothing tells the first
             targets = pad(

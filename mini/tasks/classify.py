@@ -171,6 +171,6 @@ class Classification(FileTask):
 
     def collate(self, examples: list[tuple[list[int], list[int], int]]) -> Batch:
         """What pad_texts gives, and labels (B,)."""
-        inputs = pad_texts([(ids, segments) for ids, segments, _ in examples], self.tokenizer)
+        inputs = pad_texts([(ids, segments) for ids, segments, _ in examples], self.tokenizer, self.max_len)
         labels = torch.tensor([label for _, _, label in examples])
         return Batch(inputs | {"labels": labels}, {"classify": len(examples)}, int(inputs["lengths"].sum()))

@@ -37,20 +37,27 @@ def masked_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids[:-1]
 
 
-def pad(rows: list[list[int]], filling: int) -> Tensor:
-    """Rows of different lengths -> (B, T), filled up at the right."""
-    out = np.full((len(rows), max(map(len, rows))), filling, dtype=np.int64)
+def pad(rows: list[list[int]], filling: int, most: int = 0) -> Tensor:
+    """Rows of different lengths -> (B, T), filled up at the right.
+
+    most: T is one of few lengths, up to so many: libraries keep code and memory for each (docs/log.md).
+    """
+    width = max(map(len, rows))
+    if width < most:  # to five bits: a sixteenth more at the most
+        step = 1 << max(0, width.bit_length() - 5)
+        width = min(most, -(-width // step) * step)
+    out = np.full((len(rows), width), filling, dtype=np.int64)
     for row, ids in zip(out, rows, strict=True):
         row[: len(ids)] = ids
     return torch.from_numpy(out)
 
 
-def pad_texts(rows: list[tuple[list[int], list[int]]], tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """What text_ids gives, as tokens and segments (B, T), padded at the right, and lengths (B,)."""
+def pad_texts(rows: list[tuple[list[int], list[int]]], tokenizer: Tokenizer, most: int) -> dict[str, Tensor]:
+    """What text_ids gives, as tokens and segments (B, T), padded as pad() does it, and lengths (B,)."""
     filling = next(i for i in (tokenizer.pad, tokenizer.eot, 0) if i is not None)
     return {
-        "tokens": pad([ids for ids, _ in rows], filling),
-        "segments": pad([segments for _, segments in rows], 0),
+        "tokens": pad([ids for ids, _ in rows], filling, most),
+        "segments": pad([segments for _, segments in rows], 0, most),
         "lengths": torch.tensor([len(ids) for ids, _ in rows]),
     }
 

@@ -95,9 +95,9 @@ class PromptAnswers(NextToken, FileTask):
     def collate(self, examples: list[tuple[list[int], int, int]]) -> Batch:
         """tokens and targets (B, T), padded at the right; targets IGNORE up to the answer; begins, numbers (B,)."""
         targets = [[IGNORE] * (begin - 1) + ids[begin:] for ids, begin, _ in examples]
-        tokens = pad([ids[:-1] for ids, _, _ in examples], self.tokenizer.eot)
+        tokens = pad([ids[:-1] for ids, _, _ in examples], self.tokenizer.eot, self.max_len)
         _, begins, numbers = zip(*examples, strict=True)
-        inputs = {"tokens": tokens, "targets": pad(targets, IGNORE)}
+        inputs = {"tokens": tokens, "targets": pad(targets, IGNORE, self.max_len)}
         inputs |= {"begins": torch.tensor(begins), "numbers": torch.tensor(numbers)}
         answers = [ids[begin:] for ids, begin, _ in examples]
         n_bytes = sum(int(self.tokenizer.byte_lengths[ids].sum()) for ids in answers)

@@ -80,7 +80,7 @@ class QuestionAnswering(FileTask):
 
     def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int, batch_size: int,
                  options: QAConfig):  # fmt: skip
-        self.tokenizer, self.options = tokenizer, options
+        self.tokenizer, self.options, self.max_len = tokenizer, options, max_len
         self.notes: list[str] = []
         questions, self.questions = self.read_both(
             train, valid, lambda path, split: read_squad(path, self.notes, split), lambda question: question.context
@@ -118,7 +118,7 @@ class QuestionAnswering(FileTask):
         return len(example.ids)
 
     def collate(self, examples: list[Window]) -> Batch:
-        return collate(examples, self.tokenizer)
+        return collate(examples, self.tokenizer, self.max_len)
 
     def losses(self, answers: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropies of the first token and of the last, over the window's tokens."""
@@ -270,12 +270,12 @@ def answer_tokens(question: Question, spans: np.ndarray) -> tuple[int, int]:
     return int(np.searchsorted(spans[:, 1], start, "right")), int(np.searchsorted(spans[:, 0], end, "left")) - 1
 
 
-def collate(windows: list[Window], tokenizer: Tokenizer) -> Batch:
-    """tokens and segments (B, T) padded at the right, lengths, starts, ends and the windows' numbers (rows), (B,) each.
+def collate(windows: list[Window], tokenizer: Tokenizer, most: int) -> Batch:
+    """tokens, segments (B, T) padded as pad() does it, lengths, starts, ends and the windows' numbers (rows), (B,).
 
     And context (B, T): True where an answer may lie.
     """
-    tokens = pad([window.ids for window in windows], tokenizer.pad)
+    tokens = pad([window.ids for window in windows], tokenizer.pad, most)
     figures = torch.tensor([(w.number, len(w.ids), w.begin, w.first, w.last) for w in windows])
     rows, lengths, begins, starts, ends = figures.T.contiguous()  # (B,) each
     places = torch.arange(tokens.size(1))

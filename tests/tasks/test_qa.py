@@ -168,7 +168,7 @@ def test_a_context_of_which_the_tokenizer_keeps_nothing():
     tokenizer.encode_with_offsets = lambda text: (np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
     windows = cut_windows([question(context="\x00", answer="\x00")], tokenizer, 32, options())[0]
     assert [window.ids.tolist() for window in windows] == [[0, 1, 1]] and windows[0].last == 0
-    inputs = collate(windows, tokenizer).inputs
+    inputs = collate(windows, tokenizer, 0).inputs
     rows = best_spans(torch.zeros(1, 3), torch.zeros(1, 3), inputs["context"], 4, 30)
     assert collect(windows, rows) == [(0, [])]
 
@@ -231,7 +231,7 @@ def test_collate():
     tokenizer = Words()
     windows, _ = cut_windows([question("Is it?", "Yes."), question("Is it a b c?", "Of course.", "course")], tokenizer,
                              32, options())  # fmt: skip
-    batch = collate(windows, tokenizer)
+    batch = collate(windows, tokenizer, 0)
     a, b = windows
     assert batch.inputs["tokens"].tolist() == [[*a.ids, 2, 2, 2, 2], list(b.ids)]
     assert batch.inputs["segments"].tolist() == [[0] * 5 + [1] * 3 + [0] * 4, [0] * 8 + [1] * 4]
@@ -346,7 +346,7 @@ def test_a_question_from_a_person_goes_all_the_way():
     """A model that knows the answer's places gives its text, whichever window it is in."""
     tokenizer = Words()
     windows = cut_windows([question("Where?")], tokenizer, 16, options())[0]
-    inputs = collate(windows, tokenizer).inputs
+    inputs = collate(windows, tokenizer, 0).inputs
     gold = cut_windows([question("Where?", answer="gold dome")], tokenizer, 16, options())[0]
     start, end = torch.zeros(2, *inputs["tokens"].shape)
     for b, window in enumerate(gold):
