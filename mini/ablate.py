@@ -355,7 +355,10 @@ def table(spec: Spec, arms: dict[str, dict], notes: list[str]) -> str:
 
 
 def plot(spec: Spec, runs: list[Run], arms: dict[str, dict], path: Path) -> None:
-    """Curves, with the range over the seeds as bands, and differences with their intervals; with matplotlib."""
+    """Curves, with the range over the seeds as bands, and differences with their intervals; with matplotlib.
+
+    Where runs are judged only once, the values of all seeds stand in the curves' place.
+    """
     pyplot = load_pyplot()
     if pyplot is None:
         return
@@ -363,7 +366,13 @@ def plot(spec: Spec, runs: list[Run], arms: dict[str, dict], path: Path) -> None
     metrics = {run.folder: read_metrics(run.folder) for run in runs if finished(run)}
     known = all(any(spec.figure in row for row in rows) for rows in metrics.values())
     shown = spec.figure if known else "loss"
+    once = all(sum(shown in row for row in rows) < 2 for rows in metrics.values())
     for i, arm in enumerate(spec.arms):
+        if once:
+            there = [value for value in arms[arm]["values"] if value is not None]
+            left.plot([i] * len(there), there, "o", color=f"C{i}", alpha=0.5)
+            left.plot(i, arms[arm]["mean"] if there else math.nan, "_", color=f"C{i}", ms=30)
+            continue
         curves = [{r["step"]: r[shown] for r in metrics[run.folder] if shown in r}
                   for run in runs if run.arm == arm and run.folder in metrics]  # fmt: skip
         steps = sorted(set.intersection(*map(set, curves))) if curves else []
@@ -371,8 +380,11 @@ def plot(spec: Spec, runs: list[Run], arms: dict[str, dict], path: Path) -> None
         if steps:
             left.plot(steps, drawn.mean(0), ".-", label=arm, color=f"C{i}")
             left.fill_between(steps, drawn.min(0), drawn.max(0), alpha=0.2, color=f"C{i}", lw=0)
-    left.set(xlabel="step", ylabel=shown, title="mean, and range over the seeds")
-    if metrics:
+    if once:
+        left.set_xticks(range(len(spec.arms)), spec.arms, rotation=20)
+        left.set(ylabel=spec.figure, title="each seed, and their mean")
+    else:
+        left.set(xlabel="step", ylabel=shown, title="mean, and range over the seeds")
         left.legend()
     compared = [(i, name, arms[name]) for i, name in enumerate(spec.arms) if arms[name]["difference"] is not None]
     for place, (i, _, arm) in enumerate(compared):

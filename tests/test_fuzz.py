@@ -22,7 +22,9 @@ import torch
 from conftest import TINY
 
 from mini import load_run
+from mini.ablate import read_spec
 from mini.compression.teacher_cache import TeacherCache
+from mini.evaluate import columns_of, read_choices
 from mini.flags import Checked, UserError, field_names, parse_flags
 from mini.model.bert import Bert
 from mini.model.config import ModelConfig
@@ -78,6 +80,10 @@ def seeds(gpt, text_file, labelled, command, tmp_path_factory) -> dict:
     qa = {"question": "Who?", "id": "1", "answers": [{"text": "Cora", "answer_start": 0}]}
     content = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "Cora came.", "qas": [qa]}]}]}
     (files / "squad.json").write_text(json.dumps(content))
+    (files / "choices.jsonl").write_text('{"context": "a b", "choices": ["c", " d"], "answer": 1}\n' * 3)
+    spec = ['script = "train_gpt.py"', 'figure = "val_bpb"', 'better = "lower"', "seeds = [1, 2]", 'baseline = "a"',
+            "tokens = 1e6", "[arms]", 'a = "--lr 0.1"', "b = ''", "[sweep.b]", "lr = [0.1, 0.2]"]  # fmt: skip
+    (files / "spec.toml").write_text("\n".join(spec))
     cache = base / "cache"
     teacher = GPT(load_run(gpt)[0].config)
     inputs = {"tokens": torch.zeros(1, 4, dtype=torch.long)}
@@ -126,6 +132,8 @@ def seeds(gpt, text_file, labelled, command, tmp_path_factory) -> dict:
         "rows.csv": lambda p: read_rows(p / "rows.csv", ["text", "label"]),
         "rows.jsonl": lambda p: read_rows(p / "rows.jsonl", ["text", "label"]),
         "squad.json": lambda p: read_squad(p / "squad.json", []),
+        "choices.jsonl": lambda p: (columns_of(str(p / "choices.jsonl")), [*read_choices(str(p / "choices.jsonl"))]),
+        "spec.toml": lambda p: read_spec(p / "spec.toml"),
         "pairs.jsonl": lambda p: PromptAnswers(p / "pairs.jsonl", p / "pairs.jsonl", tokenizer, 32, 1, 2),
     }.items()}  # fmt: skip
     return found | {"teacher cache": (cache, str(entry.relative_to(cache)), cached)}
