@@ -69,8 +69,8 @@ def sample(argv: list[str]) -> None:
     device = pick_device(options.device)
     model, tokenizer = load_run(options.run, device, kind="gpt")
     model.to(getattr(torch, options.dtype))
-    task = "lm" if is_published(options.run) else read_config(options.run).task
-    rows = [TASKS[task].ask(tokenizer, prompt) for prompt in options.prompts]
+    task = TASKS["lm" if is_published(options.run) else read_config(options.run).task]
+    rows = [task.ask(tokenizer, prompt) for prompt in options.prompts]
     lengths = torch.tensor([len(row) for row in rows], device=device)
     for prompt, row in zip(options.prompts, rows, strict=True):
         if not row:
@@ -90,7 +90,7 @@ def sample(argv: list[str]) -> None:
         generator=torch.Generator(device).manual_seed(options.seed),
     )  # fmt: skip
     if len(rows) == 1:  # to the terminal as it comes
-        print(options.prompts[0], end="", flush=True)
+        print(options.prompts[0], end=task.joint, flush=True)
         new = (int(token) for token in stream)
         for text in tokenizer.decode_stream(i for i in new if i not in stop):
             print(text, end="", flush=True)
@@ -100,7 +100,7 @@ def sample(argv: list[str]) -> None:
     columns = [new.tolist() for new in bar]
     for prompt, ids in zip(options.prompts, zip(*columns, strict=True), strict=True):
         end = next((i for i, token in enumerate(ids) if token in stop), len(ids))
-        print(f"{prompt}{tokenizer.decode(ids[:end])}\n{'-' * 40}")
+        print(f"{prompt}{task.joint}{tokenizer.decode(ids[:end])}\n{'-' * 40}")
 
 
 @dataclass

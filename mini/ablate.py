@@ -12,6 +12,7 @@ A spec (TOML) names the script, the flags of every arm, those of each arm, the s
     [arms]
     adamw = "--optimizer adamw --lr 3e-3"
     muon = "--optimizer muon --lr 0.02"
+    sweep_figure = "val_loss"                  # by which they are chosen, if not by the figure; on seed sweep_seed
     [sweep]                                    # values to try for all arms, or in [sweep.muon] for one
     lr = [1e-3, 3e-3]
 
@@ -95,6 +96,7 @@ class Spec:
     flops: float = 0.0
     sweep: dict = field(default_factory=dict)
     sweep_seed: int | None = None  # on which each arm's best is chosen; None: 0
+    sweep_figure: str = ""  # and by which figure; none: by the one that is compared
 
     def budget(self) -> list[str]:
         return [word for name in ("tokens", "flops") if (n := getattr(self, name)) for word in (f"--{name}", str(n))]
@@ -273,14 +275,15 @@ def stopping(running: list[Run]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def figure_of(run: Run, spec: Spec) -> float | None:
-    """The figure of a run; None where it is not finished."""
+def figure_of(run: Run, spec: Spec, name: str = "") -> float | None:
+    """The figure of a run, or another of this name; None where it is not finished."""
     if (result := finished(run)) is None:
         return None
-    value = result.get(spec.figure)
+    name = name or spec.figure
+    value = result.get(name)
     if type(value) not in (int, float):
         has = ", ".join(name for name, v in result.items() if type(v) in (int, float))
-        raise UserError(f"figure {spec.figure!r}{nearest(spec.figure, result)}: {run.folder} has {has}")
+        raise UserError(f"figure {name!r}{nearest(name, result)}: {run.folder} has {has}")
     return float(value)
 
 
@@ -292,14 +295,15 @@ def choose(spec: Spec, script: Path, out: Path, workers: int) -> tuple[dict[str,
     train_all([run for several in runs.values() for run in several], workers, spec)
     chosen, lines = {arm: settings[0] for arm, settings in tried.items()}, []
     for arm, several in runs.items():
-        figures = [figure_of(run, spec) for run in several]
+        figures = [figure_of(run, spec, spec.sweep_figure) for run in several]
         found = [(value, i) for i, value in enumerate(figures) if value is not None]
         if found:
             chosen[arm] = tried[arm][(min if spec.better == "lower" else max)(found)[1]]
         pairs = zip(tried[arm], figures, strict=True)
         all_of_them = "; ".join(f"{show(s)}: {'failed' if v is None else f'{v:.4f}'}" for s, v in pairs)
         lines.append(
-            f"{arm} has {show(chosen[arm])}, chosen on seed {spec.sweep_seed}, which is not reported: {all_of_them}"
+            f"{arm} has {show(chosen[arm])}, chosen on seed {spec.sweep_seed}, which is not reported, by "
+            f"{spec.sweep_figure or spec.figure}: {all_of_them}"
         )
     return chosen, lines
 
@@ -415,9 +419,10 @@ def ablate(options: AblateOptions) -> None:
         runs = [make_run(spec, script, out, arm, seed, chosen[arm], False) for seed in spec.seeds for arm in spec.arms]
         train_all(runs, options.workers, spec)
         arms = judge(spec, runs)
-        results = [finished(path.parent) for path in out.glob("runs/*/*/result.json")]
+        results = [read_result(path.parent) for path in out.glob("runs/*/*/result.json")]
         hours = sum(result.get("seconds", 0.0) for result in results) / 3600
-        notes.append(f"{len(results)} runs, {hours:.2f} hours in all, on {device_name(torch.device('cpu'))}.")
+        devices = {device_name(torch.device(result.get("device", "cpu"))) for result in results}
+        notes.append(f"{len(results)} runs, {hours:.2f} hours in all, on {' and '.join(sorted(devices))}.")
         text = table(spec, arms, notes)
         result = {name: getattr(spec, name) for name in ("figure", "better", "baseline", "seeds")}
         result |= {"hours": hours, "arms": arms}
@@ -426,7 +431,7 @@ def ablate(options: AblateOptions) -> None:
         write_json(out / "result.json", result)
     print("\n" + text)
     print(json.dumps({"out": str(out), **result}))
-    if not results:
+    if all(arm["mean"] is None for arm in arms.values()):
         raise UserError(f"{out}: every run failed, as their .log files tell")
 
 

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import TINY, command_line, environment, last_json, metrics
+from conftest import ROOT, TINY, command_line, environment, last_json, metrics
 
 from mini import ablate
 from mini.errors import UserError
@@ -30,6 +30,17 @@ b = "--lr 0.02"
 def read(tmp_path, text: str) -> ablate.Spec:
     (tmp_path / "spec.toml").write_text(text)
     return ablate.read_spec(tmp_path / "spec.toml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ablations").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_specs_that_are_there(path):
+    """And of those with a result, it is theirs."""
+    spec, result = ablate.read_spec(path), path.parent / "results" / f"{path.stem}.json"
+    if result.exists():
+        found = json.loads(result.read_text())
+        assert [found[name] for name in ("figure", "better", "baseline", "seeds")] == [
+            spec.figure, spec.better, spec.baseline, spec.seeds]  # fmt: skip
+        assert found["arms"].keys() == spec.arms.keys()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from mini.flags import Checked, UserError, option
 
 UNGATED, GATED = ("gelu", "gelu_tanh", "relu2"), ("swiglu", "geglu")  # names of activations
+OF_TRANSFORMERS = {"n_heads", "n_kv_heads", "d_head", "d_ff", "rope_base", "window", "activation", "value_embeddings",
+                   "qk_norm", "attention"}  # what an LSTM has not # fmt: skip
 
 
 @dataclass
@@ -57,7 +59,7 @@ class ModelConfig(Checked):
         for name, values in vars(self).items():
             if isinstance(values, list) and len(values) != self.n_layers:
                 raise UserError(f"--{name} lists {len(values)} values for {self.n_layers} layers: give one for each")
-        if not self.d_head:
+        if not self.d_head and self.block != "lstm":
             if isinstance(self.n_heads, list):
                 raise UserError("--n_heads differs between layers: give the width of a head with --d_head")
             if self.d_model % self.n_heads:
@@ -81,7 +83,7 @@ class ModelConfig(Checked):
             raise UserError(f"--n_global {self.n_global}: more than --max_len {self.max_len}")
         if self.n_global and not any(self.layers("window")):
             raise UserError("--n_global: without --window every token sees all already")
-        if self.positions == "rope" and self.head_size % 2:
+        if self.positions == "rope" and self.block != "lstm" and self.head_size % 2:
             raise UserError(f"--positions rope needs an even head width, not {self.head_size}")
 
     def layers(self, name: str) -> list:

@@ -283,6 +283,7 @@ class Model(nn.Module):
         self.config = config
         self.stack = Transformer(config)
         self.learning = nn.ModuleDict()  # what exists only while it learns: in checkpoints, but never served
+        self.rates: dict[str, float] = {}  # what share of its learning rate a parameter has, if not all
 
     def initialise(self) -> None:
         """Matrices N(0, 0.02) unless they say otherwise, biases zero (Radford et al. 2018; Devlin et al. 2019).
@@ -299,6 +300,13 @@ class Model(nn.Module):
             if module.weight not in done:
                 done.add(module.weight)
                 draw(module.weight, f"{name}.weight", torch.initial_seed(), getattr(module, "std", 0.02))
+
+    def settle(self) -> None:
+        """What existed only while it learnt goes, once what it has learnt for the model is in the model."""
+        for module in self.learning.values():
+            if hasattr(module, "settle"):
+                module.settle(self)
+        self.learning = nn.ModuleDict()
 
     def freeze_unused(self) -> None:
         """Parameters on which no answer depends do not learn: ranks would wait for their gradients."""

@@ -61,6 +61,7 @@ class Task:
     files: tuple[str, ...] = ()  # endings of those, or the name of a set that is there without them
     special_tokens: tuple[str, ...] = ()  # needed beside the model's own
     command = ""  # of `python -m mini`, that uses a run of it
+    joint = ""  # between a prompt and what a model writes
     judged = ""  # the answers, and the loss of this name, that it is judged by
     loss_weights: ClassVar[dict[str, float]] = {}  # of its losses,
     default_weight = 1.0  # and of those that are not named there
@@ -85,7 +86,7 @@ class Task:
 
     @staticmethod
     def ask(tokenizer: Tokenizer, prompt: str) -> list[int]:
-        """What a model that writes goes on from."""
+        """What a model that writes goes on from; what it writes is shown behind `joint`."""
         return tokenizer.encode(prompt)
 
     @staticmethod

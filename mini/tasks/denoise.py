@@ -27,25 +27,27 @@ class DenoiseConfig(Checked):
     """How texts are damaged."""
 
     noise: str = option("all", "any of delete,mask,replace,shuffle, or all")
-    noise_rate: float = option(0.15, "share of the tokens deleted, masked or replaced, each as often", low=0, high=1)
+    noise_rate: float = option(0.15, "share of the tokens deleted, masked or replaced; all are shuffled", low=0, high=1)
     n_judged: int = option(100, "validation texts that are repaired at each evaluation, token by token; 0: none", low=0)
 
 
 class Denoising(NextToken):
-    """damaged <eot> text <eot>, where only the text and its <eot> are to be predicted; padded to one length.
+    """damaged [SEP] text <eot>, where only the text and its <eot> are to be predicted; padded to one length.
 
-    The texts tile the corpus. Damage depends on (seed, index), in validation on the text's number alone. What is
-    shuffled moves no further than FAR (Lample et al. 2018, §2.3).
+    The texts tile the corpus, so that documents may begin in them. Damage depends on (seed, index), in validation on
+    the text's number alone. What is shuffled moves no further than FAR (Lample et al. 2018, §2.3).
     """
 
     Config, pretrains, fixed_shape, unit = DenoiseConfig, True, True, "texts"
-    special_tokens = ("[MASK]",)
-    teaches = False
+    special_tokens = ("[MASK]", "[SEP]")
+    teaches, joint = False, "\n-> "
 
     def __init__(self, train: TokenFile | None, valid: TokenFile, tokenizer: Tokenizer, max_len: int, seed: int,
                  batch_size: int = 1, options: DenoiseConfig | None = None):  # fmt: skip
-        if tokenizer.eot is None or tokenizer.mask is None:
-            raise UserError("the tokenizer has no <|endoftext|> and [MASK]: use another one")
+        if None in (tokenizer.eot, tokenizer.mask, tokenizer.sep):
+            raise UserError(
+                "the tokenizer lacks <|endoftext|>, [MASK] or [SEP]: use another; with --init, a run of this task"
+            )
         if max_len < 9:
             raise UserError(f"--max_len {max_len}: too short for a text and its damaged copy; give at least 9")
         judging, train = train is None, train or valid
@@ -54,6 +56,7 @@ class Denoising(NextToken):
         self.noise = parse_steps("noise", self.options.noise, NOISE)
         self.checksum = f"{train.sha256}-{valid.sha256}"
         self.size = (max_len - 1) // 2  # tokens of a text
+        self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special.values()))
         self.n, self.n_valid = len(self.train) // self.size, len(self.valid) // self.size
         if not self.n_valid or (self.n < 1 and not judging):
             raise UserError(f"too little text: one takes {self.size} tokens; give more, or a smaller --max_len")
@@ -64,7 +67,7 @@ class Denoising(NextToken):
 
     @staticmethod
     def ask(tokenizer: Tokenizer, prompt: str) -> list[int]:
-        return [*masked_ids(tokenizer, prompt), tokenizer.eot]
+        return [*masked_ids(tokenizer, prompt), tokenizer.sep]
 
     def batch(self, indices: np.ndarray) -> Batch:
         texts = self.texts_of(self.train, shuffled(indices, self.n, self.seed))
@@ -86,7 +89,6 @@ class Denoising(NextToken):
         """texts (B, n) with what --noise says done to them."""
         hit, which, other, far = (uniform(mix(key, i), indices, texts.shape[1]) for i in range(4))  # (B, n) each
         harms = [name for name in self.noise if name != "shuffle"]
-        n_words = self.tokenizer.vocab_size
         harm = np.where(hit < self.options.noise_rate, (which * len(harms)).astype(int), -1)
         rows = []
         for b, text in enumerate(texts.copy()):
@@ -95,7 +97,7 @@ class Denoising(NextToken):
                 if name == "mask":
                     text[here] = self.tokenizer.mask
                 elif name == "replace":
-                    text[here] = (other[b, here] * n_words).astype(int)
+                    text[here] = self.ordinary[(other[b, here] * len(self.ordinary)).astype(int)]
             kept = harm[b] != harms.index("delete") if "delete" in harms else np.ones(len(text), dtype=bool)
             text, moved = text[kept], far[b, kept]
             if "shuffle" in self.noise:
@@ -105,8 +107,8 @@ class Denoising(NextToken):
 
     def collate(self, texts: np.ndarray, damaged: list[list[int]], judged: np.ndarray | None = None) -> Batch:
         """tokens, targets (B, T), padded at the right; targets IGNORE up to the text; begins, judged (B,)."""
-        eot = self.tokenizer.eot
-        rows = [[*copy, eot, *text] for copy, text in zip(damaged, texts.tolist(), strict=True)]
+        eot, sep = self.tokenizer.eot, self.tokenizer.sep
+        rows = [[*copy, sep, *text] for copy, text in zip(damaged, texts.tolist(), strict=True)]
         targets = [[IGNORE] * len(copy) + [*text, eot] for copy, text in zip(damaged, texts.tolist(), strict=True)]
         width = 2 * self.size + 1
         inputs = {"tokens": pad([row + [eot] * (width - len(row)) for row in rows], eot)}
@@ -124,7 +126,7 @@ class Denoising(NextToken):
         columns = (inputs[name].tolist() for name in ("tokens", "begins", "judged"))  # of which some are to be judged
         rows = [(row[:begin], row[begin : begin + self.size]) for row, begin, one in zip(*columns, strict=True) if one]
         if rows and bool(torch.isfinite(losses["lm"])):  # else the run has diverged, as the loop will say
-            written = self.write(model, [prompt for prompt, _ in rows], self.size + 1)
+            written = self.write(model, [prompt for prompt, _ in rows], self.size, stop=False)
             exact = sum(mine == text for mine, (_, text) in zip(written, rows, strict=True))
             copied = sum(prompt[:-1] == text for prompt, text in rows)
         return losses | {"right": right, "exact": torch.tensor([float(exact), copied, len(rows)])}
@@ -143,7 +145,7 @@ class Denoising(NextToken):
     def sample(self, model: Model) -> str:
         texts = self.texts_of(self.valid, np.arange(1))
         (prompt,) = self.damaged(texts, np.arange(1), mix(0, 6))
-        (written,) = self.write(model, [[*prompt, self.tokenizer.eot]], self.size + 1)
+        (written,) = self.write(model, [[*prompt, self.tokenizer.sep]], self.size + 1)
         return f"{self.tokenizer.decode(prompt)}\n-> {self.tokenizer.decode(written)}"
 
     def example(self) -> list[str]:

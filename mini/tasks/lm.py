@@ -36,14 +36,15 @@ class NextToken(Task):
         figures = {"val_loss": loss / count}
         return figures | {"val_bpb": bits_per_byte(loss, n_bytes)} if self.tokenizer.lossless and n_bytes else figures
 
-    def write(self, model: Model, prompts: list[list[int]], most: int) -> list[list[int]]:
-        """The greedy continuations of prompts up to <|endoftext|>, of `most` tokens at the most."""
+    def write(self, model: Model, prompts: list[list[int]], most: int, stop: bool = True) -> list[list[int]]:
+        """The greedy continuations of prompts, of `most` tokens; stop: they end before the first <|endoftext|>."""
         eot, device = self.tokenizer.eot, next(model.parameters()).device
         tokens, lengths = pad(prompts, eot), [len(prompt) for prompt in prompts]
-        out = model.generate(tokens.to(device), most, lengths=torch.tensor(lengths, device=device), stop=[eot])
+        options = dict(lengths=torch.tensor(lengths, device=device), stop=[eot] * stop)
+        out = model.generate(tokens.to(device), most, **options)
         n = out.size(1) - tokens.size(1)  # fewer than `most` where all have ended
         new = (row[length : length + n] for row, length in zip(out.tolist(), lengths, strict=True))
-        return [ids[: ids.index(eot)] if eot in ids else ids for ids in new]
+        return [ids[: ids.index(eot)] if stop and eot in ids else ids for ids in new]
 
     def beats_chance(self, figures: dict) -> bool:
         return figures["val_loss"] < 0.99 * math.log(self.tokenizer.vocab_size)  # which rounding alone does not reach

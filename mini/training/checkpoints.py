@@ -43,7 +43,9 @@ class State:
 
 def served(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights without what exists only while they learn, which adapters have learnt in them."""
-    return {name: tensor for name, tensor in lora.merged(weights(model)).items() if not name.startswith(LEARNING)}
+    return {
+        name: tensor for name, tensor in lora.merged(weights(model), LEARNING).items() if not name.startswith(LEARNING)
+    }
 
 
 def save_model(model: nn.Module, folder: Path) -> dict:

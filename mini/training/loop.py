@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mini.flags import Checked, UserError, option
-from mini.model import lora
 from mini.model.transformer import Model
 from mini.tasks.base import Batch, Task
 from mini.tasks.order import mix
@@ -201,7 +200,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
                 break
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lora.settle(model)
+    model.settle()
     if not steps:  # a run that is only judged
         figures = state["best"] = evaluate(model, task, world, dtype, size)
         if not math.isfinite(figures["val_loss"]):

@@ -86,8 +86,7 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     for name, role in roles(model).items():
         if role not in rates:
             raise ValueError(f"{name} has the role {role!r}; a module's role is one of {', '.join(rates)}")
-        parameter = model.get_parameter(name)
-        groups.setdefault((role, getattr(parameter, "rate", 1.0)), []).append(parameter)  # its share of the rate
+        groups.setdefault((role, model.rates.get(name, 1.0)), []).append(model.get_parameter(name))
     decay = {role: 0.0 if role == "vector" else config.weight_decay for role in rates}
     made = {kind: dict(params=p, lr=rates[kind[0]] * kind[1], peak_lr=rates[kind[0]] * kind[1],
                        weight_decay=decay[kind[0]]) for kind, p in groups.items() if p}  # fmt: skip
@@ -147,20 +146,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params = group["params"]
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"momentum": torch.zeros_like(p), "step": torch.tensor(0)}
             states = [self.state[p] for p in params]
-            if params:
-                torch._foreach_lerp_([s["momentum"] for s in states], [p.grad for p in params], 1 - group["momentum"])
+            learn = [p for p in params if p.grad is not None]
+            if learn:
+                momenta = [self.state[p]["momentum"] for p in learn]
+                torch._foreach_lerp_(momenta, [p.grad for p in learn], 1 - group["momentum"])
             rate = min(group["lr"] * self.turns, 1e36)  # times a scale, still a number in float32
-            turn = int(states[0]["step"]) if states else 0  # all have counted as far
+            turn = int(states[0]["step"])  # all have counted as far
             # Fused matrices are cut into their parts, each of which is orthogonalised alone; all are grouped by shape.
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for i, (p, state) in enumerate(zip(params, states, strict=True)):
                 state["step"] += 1
-                if (i + turn) % self.turns:
+                if (i + turn) % self.turns or p.grad is None:
                     continue
                 update = torch.lerp(p.grad, state["momentum"], group["momentum"])  # Nesterov: look one step ahead
                 p.mul_(1 - rate * group["weight_decay"])

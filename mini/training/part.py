@@ -20,12 +20,16 @@ class PartConfig(Checked):
 
 
 def depth(model: Model, name: str) -> int:
-    """Of a parameter: 0 of the embeddings, 1 .. of the layers, one more of what stands behind the last."""
-    layers = model.config.n_layers
+    """Of a parameter: 0 of the embeddings, 1 .. of the layers, one more of what stands behind the last.
+
+    There stands an embedding, too, that is the output head.
+    """
+    config = model.config
     if found := re.search(r"\bblocks[./](\d+)\b", name):
         return int(found[1]) + 1
-    behind = not name.startswith("stack.") or (name.startswith("stack.norm.") and model.config.norm_place == "pre")
-    return layers + 1 if behind else 0
+    is_head = name == "stack.tokens.weight" and config.tied and not (config.n_classes or config.spans)
+    is_last_norm = name.startswith("stack.norm.") and config.norm_place == "pre"
+    return config.n_layers + 1 if is_head or is_last_norm or not name.startswith("stack.") else 0
 
 
 def choose_part(model: Model, options: PartConfig, source: str) -> list["Unfreezing"]:
@@ -37,55 +41,60 @@ def choose_part(model: Model, options: PartConfig, source: str) -> list["Unfreez
         raise UserError(f"--lora_rank: {source} is pruned or int8, which its matrices would not stay with adapters")
     if options.lora_alpha and not options.lora_rank:
         raise UserError("--lora_alpha: without --lora_rank there are no adapters that it could weigh")
-    if options.freeze not in ("none", ""):
+    if options.freeze != "none":
         freeze(model, options.freeze)
     if options.lora_rank:
         lora.adapt(model, options.lora_rank, options.lora_alpha or 2 * options.lora_rank)
-    if not any(p.requires_grad for p in model.parameters()):
+    model.freeze_unused()
+    depths = {name: depth(model, name) for name, p in model.named_parameters() if p.requires_grad}
+    if not depths:
         raise UserError(f"--freeze {options.freeze}: nothing is left that learns")
-    for name, parameter in model.named_parameters():
-        parameter.rate = options.layer_decay ** (model.config.n_layers + 1 - depth(model, name))
-    return [Unfreezing(model, options.unfreeze)] if options.unfreeze else []
+    if options.unfreeze and len(set(depths.values())) < 2:
+        raise UserError("--unfreeze: what learns stands in one layer; there is nothing that could begin later")
+    top = max(depths.values())
+    model.rates = {name: options.layer_decay ** (top - d) for name, d in depths.items()}
+    return [Unfreezing(model, depths, options.unfreeze)] if options.unfreeze else []
 
 
 def freeze(model: Model, what: str) -> None:
     """A share of the layers with the embeddings below them, or all parameters whose names begin so."""
+    names = [name for name, _ in model.named_parameters()]
     try:
         share = float(what)
     except ValueError:
-        share, names = None, [name.strip() for name in what.split(",")]
-    if share is not None:
+        frozen = set()
+        for begin in (part.strip(" .") for part in what.split(",")):
+            found = {name for name in names if f"{name}.".startswith(f"{begin}.")}
+            if not found:
+                known = dict.fromkeys(re.match(r"stack\.blocks\.\d+|stack\.\w+|\w+", name)[0] for name in names)
+                raise UserError(
+                    f"--freeze {begin}: no parameter's name begins so, as with {', '.join(known)}"
+                ) from None
+            frozen |= found
+    else:
         if not 0 <= share <= 1:
             raise UserError(f"--freeze {what}: a share of the layers is 0 to 1")
-        below = round(share * model.config.n_layers)
-        frozen = {name for name, _ in model.named_parameters() if depth(model, name) <= below}
-    else:
-        frozen = set()
-        for begin in names:
-            found = {name for name, _ in model.named_parameters() if f"{name}.".startswith(f"{begin}.")}
-            if not found:
-                known = ", ".join(name for name, _ in model.named_parameters())
-                raise UserError(f"--freeze {begin}: no parameter's name begins so; they are {known[:200]} ..")
-            frozen |= found
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        below = int(share * model.config.n_layers + 0.5)
+        frozen = {name for name in names if depth(model, name) <= below}
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
 
 
 class Unfreezing:
     """Layer after layer begins to learn, from the head down to the embeddings (Howard & Ruder 2018, "ULMFiT", §3.3).
 
-    Until then a parameter has no gradient; so neither momentum nor weight decay touch it.
+    depths: of what learns. Until its turn a parameter has no gradient; so neither momentum nor weight decay touch it.
     """
 
-    def __init__(self, model: Model, share: float):
+    def __init__(self, model: Model, depths: dict[str, int], share: float):
         self.model, self.share = model, share
+        order = sorted(set(depths.values()), reverse=True)
+        self.begins = {name: order.index(d) / (len(order) - 1) for name, d in depths.items()}  # 0 .. 1 of that share
 
     def after_backward(self, done: int, steps: int) -> None:
-        layers = self.model.config.n_layers
-        reached = (layers + 1) * (1 - done / (self.share * steps))  # this depth, and all behind it
-        for name, parameter in self.model.named_parameters():
-            if depth(self.model, name) < reached - 1e-9:
-                parameter.grad = None
+        for name, begin in self.begins.items():
+            if done < round(begin * self.share * steps):
+                self.model.get_parameter(name).grad = None
 
     def after_step(self, done: int, steps: int) -> None:
         pass

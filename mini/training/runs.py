@@ -41,7 +41,7 @@ from mini.training.optim import OptimConfig
 from mini.training.part import PartConfig
 
 MODELS: dict[str, type[Model]] = {"gpt": GPT, "bert": Bert}
-FORMAT = 3  # of older ones finished runs open, but one that is not finished cannot go on, as training has changed
+FORMAT = 4  # of older ones finished runs open, but one that is not finished cannot go on, as training has changed
 BEGUN = r"tokenizer\.(json|tiktoken)|vocab\.txt"  # what is there before config.json
 RUN_FILES = re.compile(  # and folders, of which a run consists
     BEGUN + r"|(config|result)\.json|metrics\.jsonl|loss\.png|checkpoints|(model|best(-\d+)?)\.safetensors"
@@ -137,7 +137,8 @@ def load_model(folder: str | Path, kind: str | None = None) -> nn.Module:
     else:
         config = read_config(folder)
         path = newest_weights(folder)
-        tensors = {name: t for name, t in lora.merged(load_tensors(path)).items() if not name.startswith(LEARNING)}
+        tensors = lora.merged(load_tensors(path), path)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(LEARNING)}
         plain = partial(MODELS[config.kind], config.model)
         tensors = sparse.unpack(tensors, lambda: weights_wanted(plain, folder), path)
 

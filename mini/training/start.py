@@ -10,7 +10,7 @@ import torch
 
 from mini.flags import Checked, UserError, field_names, nearest, option, parse_flags, peek
 from mini.model import int8, sparse
-from mini.model.config import ModelConfig
+from mini.model.config import OF_TRANSFORMERS, ModelConfig
 from mini.model.transformer import Model
 from mini.tasks import TASKS
 from mini.tasks.base import Task
@@ -25,8 +25,8 @@ from mini.training.loop import TrainConfig, micro_batch_size, train
 from mini.training.optim import OptimConfig
 from mini.training.part import PartConfig, choose_part
 
-FINETUNE = dict(optimizer="adamw", lr=1e-4, schedule="linear", warmup=0.1, weight_decay=0.01, epochs=3.0,
-                batch_size=32, eval_every=0, sample_every=0)  # fmt: skip
+FINETUNE = dict(optimizer="adamw", lr=1e-4, embed_lr=0.0, head_lr=0.0, schedule="linear", warmup=0.1,
+                weight_decay=0.01, epochs=3.0, batch_size=32, eval_every=0, sample_every=0)  # fmt: skip
 TEXT_FLAGS = {"data", "valid_fraction", "separator", "errors"}  # of text to pretrain on
 MUON_FINETUNE = 0.002  # its learning rate there (docs/log.md)
 
@@ -90,6 +90,8 @@ def read_settings(argv: list[str], description: str, kind: str, presets: dict, f
         raise UserError(f"--{min(unused)} has no effect here: --task {name} makes its examples itself; leave it out")
     if not settings.job.init and (unused := given & field_names(PartConfig)):
         raise UserError(f"--{min(unused)}: a part of what? It is for a model that has learnt already: give --init")
+    if settings.model.block == "lstm" and (unused := given & OF_TRANSFORMERS):
+        raise UserError(f"--{min(unused)} has no effect here: --block lstm has no attention and no MLP; leave it out")
     check_length(settings)
     if not settings.train.trains:
         raise UserError("--steps 0: must be at least 1")
@@ -304,8 +306,8 @@ def prologue(model: Model, task: Task, world: World) -> str:
     name = f"{type(model).__name__} with {model.num_params():,} parameters"
     processes = f"{world.size} process{'es' * (world.size > 1)} on {world.device}"
     notes = [f"note: {note}" for note in task.notes]
-    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    part = f"; {learn:,} parameters learn" if learn < model.num_params() else ""
+    learn = [p.numel() for p in model.parameters() if p.requires_grad]
+    part = f"; {sum(learn):,} parameters learn" if len(learn) < len([*model.parameters()]) else ""
     return "\n".join([*notes, f"{name}: {shape}{part}", f"{task.n:,} training examples; {processes}"])
 
 

@@ -12,8 +12,8 @@ from mini.tasks.denoise import FAR, DenoiseConfig, Denoising
 from mini.text.tokenizer_base import ByteTokenizer
 from mini.text.tokens import TokenFile
 
-TOKENIZER = ByteTokenizer().with_special(("[MASK]",))
-EOT, MASK = TOKENIZER.eot, TOKENIZER.mask
+TOKENIZER = ByteTokenizer().with_special(Denoising.special_tokens)
+EOT, MASK, SEP = TOKENIZER.eot, TOKENIZER.mask, TOKENIZER.sep
 
 
 def make(n: int = 4000, max_len: int = 81, seed: int = 1, **options) -> Denoising:
@@ -26,7 +26,7 @@ def halves(data: Denoising, row: int, inputs: dict) -> tuple[list[int], list[int
     """The damaged copy, the text, and the targets of a row."""
     begin, tokens = int(inputs["begins"][row]), inputs["tokens"][row].tolist()
     targets = inputs["targets"][row].tolist()
-    assert tokens[begin - 1] == EOT and targets[: begin - 1] == [IGNORE] * (begin - 1)
+    assert tokens[begin - 1] == SEP and targets[: begin - 1] == [IGNORE] * (begin - 1)
     assert targets[begin - 1 : begin + data.size] == [*tokens[begin : begin + data.size], EOT]
     assert set(targets[begin + data.size :]) <= {IGNORE}
     return tokens[: begin - 1], tokens[begin : begin + data.size], targets
@@ -63,6 +63,15 @@ def test_what_is_done_to_a_text(noise):
         assert changed == pytest.approx(0.3 * 4000, rel=0.1)
 
 
+def test_what_stands_in_anothers_place_is_no_mark_and_documents_may_begin_anywhere():
+    data = make(noise="replace", noise_rate=1.0)
+    data.train = np.full(4000, EOT)
+    batch = data.batch(np.arange(data.n)).inputs
+    for row in range(data.n):
+        damaged, text, _ = halves(data, row, batch)
+        assert set(text) == {EOT} and not {EOT, MASK, SEP} & set(damaged)
+
+
 def test_it_depends_on_seed_and_index_alone():
     data = make()
     whole = data.batch(np.arange(10, 20)).inputs["tokens"]
@@ -95,6 +104,7 @@ class Copying(torch.nn.Module):
         return {"lm": 20.0 * torch.nn.functional.one_hot(targets, TOKENIZER.vocab_size).float()}
 
     def generate(self, tokens, most, lengths, stop):
+        assert not stop  # a document may begin in a text
         out = torch.full((len(tokens), tokens.size(1) + most), EOT)
         for row, n in enumerate(lengths.tolist()):
             given = tokens[row, : n - 1]
@@ -134,22 +144,9 @@ def test_refused():
 
 def test_command(command, text_file, tmp_path):
     run = tmp_path / "denoise"
-    flags = [
-        "--tokenizer",
-        "bytes",
-        "--n_layers",
-        2,
-        "--d_model",
-        32,
-        "--n_heads",
-        2,
-        "--max_len",
-        33,
-        "--batch_size",
-        8,
-    ]
+    flags = ["--tokenizer", "bytes", "--n_layers", 2, "--d_model", 32, "--n_heads", 2, "--max_len", 33]
     done = command("train_gpt.py", "--task", "denoise", "--data", text_file, *flags, "--steps", 4, "--out", run)
     assert "come back whole" in done.stdout and "mini sample" in done.stdout
-    command("-m", "mini", "sample", run, "the [MASK] ran.", "--max_new_tokens", 8)
+    assert "ran.\n-> " in command("-m", "mini", "sample", run, "the [MASK] ran.", "--max_new_tokens", 8).stdout
     assert '"token_accuracy_se"' in command("-m", "mini", "evaluate", run, text_file).stdout
     command("compress.py", "prune", run, "--sparsity", 0.5, "--steps", 2, "--out", tmp_path / "half")

@@ -12,7 +12,7 @@ from mini.model import lora, sparse
 from mini.tensors import load_tensors
 from mini.training.checkpoints import served
 from mini.training.optim import OptimConfig, make_optimizers
-from mini.training.part import PartConfig, Unfreezing, choose_part, depth
+from mini.training.part import PartConfig, choose_part, depth
 
 LAYERS = 3
 FLAGS = ["--steps", 6, "--batch_size", 8, "--lr", 0.01, "--max_len", 32, "--log_every", 1, "--device", "cpu"]
@@ -38,7 +38,7 @@ def test_adapters_begin_as_nothing_and_end_in_the_matrices():
         torch.nn.init.normal_(adapter.B.weight, std=0.1)
     matrices = {f"{name}.weight" for name, m in plain.named_modules() if ".blocks." in name and hasattr(m, "parts")}
     alive, saved = adapted(tokens), served(adapted)
-    lora.settle(adapted)
+    adapted.settle()
     torch.testing.assert_close(adapted(tokens), alive)
     assert not torch.allclose(alive, plain(tokens)) and not adapted.learning
     for name, before in plain.named_parameters():
@@ -111,23 +111,64 @@ def test_frozen_weights_stay_to_the_bit(bert, labelled, command, tmp_path):
 
 
 # ---------------------------------------------------------------- layer after layer
-def test_unfreezing():
+@pytest.mark.parametrize(("options", "lowest"), [
+    (dict(), [4, 4, 3, 3, 3, 2, 2, 2, 1, 1] + [0] * 10),
+    (dict(freeze="0"), [4, 4, 4, 3, 3, 3, 3, 2, 2, 2] + [1] * 10),
+    (dict(lora_rank=2), [4, 4, 4, 3, 3, 3, 3, 2, 2, 2] + [1] * 10),
+])  # fmt: skip
+def test_unfreezing(options, lowest):
     found = model()
-    method = Unfreezing(found, 0.5)
-    lowest = []
-    for done in range(20):
-        for p in found.parameters():
+    (method,) = choose_part(found, PartConfig(unfreeze=0.5, **options), "it")
+    learns = [(name, p) for name, p in found.named_parameters() if p.requires_grad]
+    assert len({depth(found, name) for name, _ in learns}) == len(set(lowest))
+    for done, low in enumerate(lowest):
+        for _, p in learns:
             p.grad = torch.ones_like(p)
         method.after_backward(done, 20)
-        alive = {depth(found, name) for name, p in found.named_parameters() if p.grad is not None}
-        assert alive == set(range(min(alive), LAYERS + 2))  # all behind it, too
-        lowest.append(min(alive))
-    assert lowest == [4, 4, 4, 3, 3, 2, 2, 2, 1, 1] + [0] * 10
+        alive = {depth(found, name) for name, p in learns if p.grad is not None}
+        assert alive == set(range(low, LAYERS + 2)), done  # all behind it, too
 
 
-def test_unfreezing_goes_on_to_the_bit(gpt, labelled, command, cache, tmp_path):
+@pytest.mark.parametrize("config", [dict(n_classes=0), dict(n_classes=0, tied=False), dict()])
+def test_the_head_is_what_gives_the_answer(config):
+    found = model(**config)
+    top = {name for name, _ in found.named_parameters() if depth(found, name) == LAYERS + 1}
+    head = {"stack.tokens.weight"} if config == dict(n_classes=0) else {"head.weight"} if config else {
+        "classifier.weight", "classifier.bias"}  # fmt: skip
+    assert top == head | {"stack.norm.weight", "stack.norm.bias"}
+
+
+def test_adapters_and_freezing_together():
+    found = model()
+    choose_part(found, PartConfig(freeze="0.34", lora_rank=2), "it")
+    assert {name.split("/")[2] for name in found.learning["lora"]} == {"1", "2"}
+
+
+def test_muon_keeps_its_turns_where_parameters_begin_late():
+    """Every matrix is stepped once in four steps, whenever it began."""
+    found = model(n_classes=0)
+    (method,) = choose_part(found, PartConfig(unfreeze=0.5), "it")
+    _, muon = make_optimizers(found, OptimConfig("muon", turns=4))
+    stepped = {name: [] for name, p in found.named_parameters() if ".blocks." in name and p.ndim == 2}
+    for done in range(40):
+        before = {name: found.get_parameter(name).clone() for name in stepped}
+        for p in found.parameters():
+            p.grad = torch.ones_like(p)
+        method.after_backward(done, 40)
+        muon.step()
+        for name in stepped:
+            if not torch.equal(before[name], found.get_parameter(name)):
+                stepped[name].append(done)
+    for name, steps in stepped.items():
+        begin = round(method.begins[name] * 20)
+        assert begin <= steps[0] < begin + 4 and set(torch.tensor(steps).diff().tolist()) == {4}, name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_unfreezing_goes_on_to_the_bit(gpt, labelled, command, cache, tmp_path, optimizer):
     argv = ["train_gpt.py", "--task", "classify", "--init", gpt, "--train", labelled / "train.tsv", "--valid",
-            labelled / "valid.tsv", *FLAGS, "--unfreeze", 0.9, "--layer_decay", 0.8]  # fmt: skip
+            labelled / "valid.tsv", *FLAGS, "--unfreeze", 0.9, "--layer_decay", 0.8,
+            "--optimizer", optimizer, "--turns", 2]  # fmt: skip
     command(*argv, "--out", tmp_path / "a")
     assert signalled(2, signal.SIGTERM, [*argv, "--out", tmp_path / "b"], cache).returncode == 128 + signal.SIGTERM
     assert "going on from" in command(*argv, "--out", tmp_path / "b").stdout
@@ -139,30 +180,38 @@ def test_unfreezing_goes_on_to_the_bit(gpt, labelled, command, cache, tmp_path):
 def test_rates_fall_from_layer_to_layer(optimizer):
     found = model()
     choose_part(found, PartConfig(layer_decay=0.5), "it")
-    usual = {id(p): g["peak_lr"] for o in make_optimizers(model(), OptimConfig(optimizer)) for g in o.param_groups
-             for p in g["params"]}  # fmt: skip
-    assert len(set(usual.values())) == (3 if optimizer == "muon" else 1)
     rates = {id(p): g["peak_lr"] for o in make_optimizers(found, OptimConfig(optimizer)) for g in o.param_groups
              for p in g["params"]}  # fmt: skip
     plain = make_optimizers(twin := model(), OptimConfig(optimizer))
     usual = {id(p): g["peak_lr"] for o in plain for g in o.param_groups for p in g["params"]}
     for name, p in found.named_parameters():
-        share = {"stack.tokens": 1 / 16, "stack.blocks": 0.5 ** (3 - depth(found, name) + 1), "classifier": 1}
-        expected = next((s for begin, s in share.items() if name.startswith(begin)), None)
-        if expected is not None:
-            assert rates[id(p)] == pytest.approx(expected * usual[id(twin.get_parameter(name))]), name
+        share = 0.5 ** (LAYERS + 1 - depth(found, name))
+        assert rates[id(p)] == pytest.approx(share * usual[id(twin.get_parameter(name))]), name
+    assert depth(found, "stack.positions.weight") == 0 and depth(found, "stack.norm.weight") == LAYERS + 1
 
 
 # ---------------------------------------------------------------- refused
 @pytest.mark.parametrize(("options", "says"), [
     (dict(freeze="2"), "a share of the layers is 0 to 1"),
-    (dict(freeze="stack.block"), "no parameter's name begins so; they are stack.tokens.weight"),
+    (dict(freeze="stack.block"), "begins so, as with .*stack.norm, classifier"),
     (dict(freeze="stack,classifier"), "nothing is left that learns"),
+    (dict(freeze="stack.,head,classifier", tied=False), "nothing is left that learns"),
+    (dict(freeze="stack,classifier", tied=False), "nothing is left that learns"),
+    (dict(freeze="1", unfreeze=0.5), "nothing that could begin later"),
+    (dict(lora_rank=17), "--lora_rank 17: stack.blocks.0.attention.qkv is 48 x 16; give less"),
     (dict(lora_alpha=3), "--lora_alpha: without --lora_rank"),
 ])  # fmt: skip
 def test_refused(options, says):
+    tied = options.pop("tied", True)
     with pytest.raises(UserError, match=says):
-        choose_part(model(), PartConfig(**options), "it")
+        choose_part(model(tied=tied), PartConfig(**options), "it")
+
+
+@pytest.mark.parametrize("names", [["A.weight"], ["A.weight", "B.weight", "scale"]])
+def test_odd_adapters_of_a_file(names):
+    tensors = {f"{lora.PREFIX}stack/x.{name}": torch.ones(2, 2) for name in names}
+    with pytest.raises(UserError, match=r"a file: learning.*does not fit its matrix"):
+        lora.merged(tensors, "a file")
 
 
 def test_adapters_would_fill_zeros():
