@@ -9,10 +9,11 @@ A spec (TOML) names the script, the flags of every arm, those of each arm, the s
     seeds = [1, 2, 3, 4, 5]
     baseline = "adamw"
     tokens = 2e6                               # or flops = 1e14: instead of --steps, the same for arms of all sizes
+    sweep_figure = "val_loss"                  # by which a sweep chooses, if not by the figure
+    sweep_seed = 0                             # and on which seed, that is not among those reported
     [arms]
     adamw = "--optimizer adamw --lr 3e-3"
     muon = "--optimizer muon --lr 0.02"
-    sweep_figure = "val_loss"                  # by which they are chosen, if not by the figure; on seed sweep_seed
     [sweep]                                    # values to try for all arms, or in [sweep.muon] for one
     lr = [1e-3, 3e-3]
 
@@ -67,8 +68,9 @@ SCRIPTS: dict[str, list[type]] = {  # and whose fields are its flags, beside tho
 NAME = re.compile(r"\w[\w.+-]*")  # of an arm, which is a folder too
 DONE = re.compile(r"(\d+)/(\d+) \[[^\]]*step")  # in a training's progress bar
 METHOD = (
-    "Intervals: Student's t over the differences of pairs of runs with the same seed, taken to be independent and near "
-    f"to normally distributed; {1 - ALPHA:.0%}, or more where Holm's correction for several arms asks for it."
+    "±: standard deviation over the seeds. Intervals: Student's t over the differences of pairs of runs with the same "
+    f"seed, taken to be independent and near to normally distributed; {1 - ALPHA:.0%}, or more where Holm's correction "
+    "for several arms asks for it."
 )
 
 
@@ -131,10 +133,13 @@ def read_spec(path: str | Path) -> Spec:
         values = tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not TOML ({error})") from None
-    spec = from_dict(Spec, values, path)
 
     def refuse(what: str) -> None:
         raise UserError(f"{path}: {what}")
+
+    if unknown := sorted(values.keys() - field_names(Spec)):
+        refuse(f"{unknown[0]}: no such entry{nearest(unknown[0], field_names(Spec))}; the form: mini/ablate.py")
+    spec = from_dict(Spec, values, path)
 
     if spec.script not in SCRIPTS:
         refuse(f"script {spec.script!r}{nearest(spec.script, SCRIPTS)}: one of {', '.join(SCRIPTS)}")
@@ -396,7 +401,7 @@ def plot(spec: Spec, runs: list[Run], arms: dict[str, dict], path: Path) -> None
         right.plot(arm["difference"], place, "o", color=f"C{i}")
     right.axvline(0, color="black", lw=1)
     right.set_yticks(range(len(compared)), [name for _, name, _ in compared])
-    right.set(xlabel=f"{spec.figure} less that of {spec.baseline}", title=f"{spec.better} is better")
+    right.set(xlabel=f"{spec.figure} − that of {spec.baseline}", title=f"{spec.better} is better")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.tight_layout()

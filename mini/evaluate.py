@@ -171,7 +171,7 @@ def read_choices(path: str) -> Iterator[tuple[str, list[str], int]]:
         context, choices, answer = (row.get(name) for name in ("context", "choices", "answer"))
         texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
         if not isinstance(context, str) or not texts or type(answer) is not int or not 0 <= answer < len(choices):
-            raise UserError(f'{place}: expected {{"context": text, "choices": two texts or more, "answer": 0 or more}}')
+            raise UserError(f'{place}: expected {{"context": text, "choices": two texts or more, "answer": from 0}}')
         space = "" if not context or context[-1].isspace() else " "
         yield context, [choice if choice[0].isspace() else space + choice for choice in choices], answer
 

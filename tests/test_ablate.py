@@ -46,7 +46,7 @@ def test_the_specs_that_are_there(path):
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("seeds", "seed", "unknown seed"),
+        ("seeds", "seed", "seed: no such entry (did you mean seeds?)"),
         ('figure = "val_bpb"', "", "no 'figure'"),
         ("[1, 2]", '["1"]', "seeds[0] should be a whole number"),
         ("[1, 2]", "[1, 1]", "seeds = [1, 1]"),

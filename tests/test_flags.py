@@ -52,10 +52,10 @@ def test_kinds_of_values():
         (["--valid_fraction", "1"], "--valid_fraction 1.0"),
         (["--lr"], "--lr: expected one argument"),
         (["stray"], "unexpected argument 'stray'"),
-        (["--window", "1"], "--window 1: two neighbours are no context"),
+        (["--window", "1"], "--window 1: the next token alone is no context"),
         (["--window", "-3"], "--window -3: must be at least 0"),
         (["--window", "64,64,64,64,0"], "--window lists 5 values for 4 layers"),
-        (["--n_global", "1", "--window", "8"], "--n_global: a token that all see"),
+        (["--n_global", "1", "--window", "8"], "--n_global is for BERTs"),
     ],
 )
 def test_mistakes_are_named(argv, message):

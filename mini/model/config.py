@@ -58,7 +58,10 @@ class ModelConfig(Checked):
                 setattr(self, name, (values * self.n_layers)[: self.n_layers])
         for name, values in vars(self).items():
             if isinstance(values, list) and len(values) != self.n_layers:
-                raise UserError(f"--{name} lists {len(values)} values for {self.n_layers} layers: give one for each")
+                fewer = ", or fewer, by turns" if name in ("window", "rope_base") else ""
+                raise UserError(
+                    f"--{name} lists {len(values)} values for {self.n_layers} layers: give one for each{fewer}"
+                )
         if not self.d_head and self.block != "lstm":
             if isinstance(self.n_heads, list):
                 raise UserError("--n_heads differs between layers: give the width of a head with --d_head")
@@ -76,9 +79,9 @@ class ModelConfig(Checked):
         if self.block == "lstm" and any(self.layers("window")):
             raise UserError("--block lstm: it has no attention that --window could limit")
         if 1 in self.layers("window"):
-            raise UserError("--window 1: two neighbours are no context; give more, or 0 for all tokens")
+            raise UserError("--window 1: the next token alone is no context; give more, or 0 for all tokens")
         if self.n_global and self.causal:
-            raise UserError("--n_global: a token that all see and that sees all would show them what comes later")
+            raise UserError("--n_global is for BERTs: in a GPT, what sees all and all see would tell what comes later")
         if self.n_global > self.max_len:
             raise UserError(f"--n_global {self.n_global}: more than --max_len {self.max_len}")
         if self.n_global and not any(self.layers("window")):

@@ -59,6 +59,7 @@ class Classification(FileTask):
         rows, valid_rows = self.read_both(
             train, valid, lambda path, _: read_rows(path, ["text", "label"], ("text_b",)), lambda row: row[1]["text"]
         )
+        valid = valid or f"{train}, held out"
         text_columns([*rows, *valid_rows])
         for _, row in [*rows, *valid_rows]:
             row["label"] = row["label"].strip()

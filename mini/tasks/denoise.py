@@ -139,8 +139,12 @@ class Denoising(NextToken):
 
     def summary(self, result: dict) -> list[str]:
         line = f"Of a text's tokens, after those before it, {result['token_accuracy']:.4f} are the likeliest"
-        whole = f"{result['exact']:.4f} of all texts come back whole (as they are {result['copied_exact']:.4f} are)"
-        return super().summary(result) + [line] + ([whole] if "exact" in result else [])
+        lines = [*super().summary(result), line]
+        if "exact" in result:
+            lines.append(
+                f"Of whole texts, {result['exact']:.4f} come back ({result['copied_exact']:.4f} were not damaged)"
+            )
+        return lines
 
     def sample(self, model: Model) -> str:
         texts = self.texts_of(self.valid, np.arange(1))

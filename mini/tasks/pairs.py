@@ -45,6 +45,7 @@ class PromptAnswers(NextToken, FileTask):
         self.tokenizer, self.max_len, self.options = tokenizer, max_len, options or PairsConfig()
         self.notes, self.cut = [], {}
         rows, valid_rows = self.read_both(train, valid, read_pairs, lambda row: row[1])
+        valid = valid or f"{train}, held out"
         n = min(self.options.n_judged, len(valid_rows))
         judged = {i * len(valid_rows) // n: k for k, i in enumerate(range(n))}  # {row: its number among them}
         self.golds = [valid_rows[row][2] for row in judged]

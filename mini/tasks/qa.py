@@ -85,6 +85,7 @@ class QuestionAnswering(FileTask):
         questions, self.questions = self.read_both(
             train, valid, lambda path, split: read_squad(path, self.notes, split), lambda question: question.context
         )
+        valid = valid or f"{train}, held out"
         self.has_impossible = any(not question.answers for question in questions)
         self.train, train_cut = cut_windows(questions, tokenizer, max_len, options)
         self.valid, valid_cut = cut_windows(self.questions, tokenizer, max_len, options)

@@ -61,7 +61,7 @@ class TrainConfig(Checked):
     eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch", low=0)
     eval_tokens: int = option(0, "validation tokens that evaluations of lm before the last use; 0: all", low=0)
     log_every: int = option(10, "steps between lines of metrics.jsonl", resume=True, low=1)
-    sample_every: int = option(250, "steps between printed samples; 0: never", resume=True, low=0)
+    sample_every: int = option(250, "steps between printed samples; 0: one at the end", resume=True, low=0)
     checkpoint_every: int = option(250, "steps between checkpoints; 0: only when interrupted", resume=True, low=0)
     keep: int = option(2, "checkpoints kept", resume=True, low=1)
 

@@ -12,9 +12,9 @@ from mini.model.transformer import Model
 class PartConfig(Checked):
     """What of a model learns, and how fast, when it goes on from --init."""
 
-    freeze: str = option("none", "what stays: 0.5: half of the layers, from below; or as names begin: stack.blocks.0")
+    freeze: str = option("none", "what stays: 0.5: embeddings, half of the layers; or as names begin: stack.blocks.0")
     unfreeze: float = option(0.0, "share of the steps in which layer after layer begins, the head first", low=0, high=1)
-    layer_decay: float = option(1.0, "a layer's learning rate as a share of that of the layer above", low=0, high=1)
+    layer_decay: float = option(1.0, "a layer's learning rate as a share of that of the layer above", low=0.01, high=1)
     lora_rank: int = option(0, "low-rank adapters learn in the place of the blocks' matrices; 0: none", low=0)
     lora_alpha: float = option(0.0, "their weight, over the rank; 0: twice the rank", low=0)
 

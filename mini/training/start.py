@@ -267,7 +267,11 @@ def train_run(
         task.checksum, **({"quant": s.quant} | s.compression),
     )  # fmt: skip
     task.check(model)
-    out = Path(s.job.out)
+    out, test = Path(s.job.out), None
+    if s.data.test:
+        s.labels = list(task.labels)
+        test = open_test(s, s.data.test, s.train.batch_size)
+        task.notes += test.notes
     with runs.claim(out, config, s.tokenizer, s.job.overwrite, world):
         result = read_result(out)
         if result:
@@ -281,11 +285,6 @@ def train_run(
         else:
             if sparse.masks_of(model) and not any(isinstance(method, sparse.HoldMasks) for method in methods):
                 methods = [*methods, sparse.HoldMasks(model)]
-            test = None
-            if s.data.test:
-                s.labels = list(task.labels)
-                test = open_test(s, s.data.test, s.train.batch_size)
-                task.notes += test.notes
             world.say(prologue(model, task, world))
             result = train(model, task, s.train, s.optim, out, world, objective, methods, test)
         if world.main:
