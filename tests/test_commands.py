@@ -137,7 +137,7 @@ def refusals(folder):
         "not utf-8": ([*lm, folder / "latin.txt"], "--errors replace"),
         "unknown flag": (["train_gpt.py", "--n_layer", 3], "did you mean --n_layers?"),
         "unknown preset": (["train_gpt.py", "--preset", "gpt3"], "unknown preset gpt3"),
-        "unknown task": (["train_gpt.py", "--task", "sing"], "--task sing: choose one of lm, classify, pairs"),
+        "unknown task": (["train_gpt.py", "--task", "sing"], "--task sing: choose one of lm, denoise, classify, pairs"),
         "indivisible width": (["train_gpt.py", "--d_model", 100, "--n_heads", 3], "not divisible by --n_heads 3"),
         "indivisible batch": ([*lm, folder / "short.txt", "--max_len", 4, "--accumulation", 3], "cannot be cut"),
         "no device": (["train_gpt.py", "--device", "cuda:99"], "--device cuda:99"),
