@@ -63,7 +63,16 @@ TRAINING = [Job, ModelConfig, DataConfig, OptimConfig, TrainConfig, PartConfig]
 SCRIPTS: dict[str, list[type]] = {  # and whose fields are its flags, beside those of tasks
     "train_gpt.py": TRAINING,
     "train_bert.py": TRAINING,
-    "compress.py": [CompressOptions, PruneConfig, QuantConfig, ReduceConfig, DistillConfig, *TRAINING[2:5]],
+    "compress.py": [
+        CompressOptions,
+        PruneConfig,
+        QuantConfig,
+        ReduceConfig,
+        DistillConfig,
+        DataConfig,
+        OptimConfig,
+        TrainConfig,
+    ],
 }
 NAME = re.compile(r"\w[\w.+-]*")  # of an arm, which is a folder too
 DONE = re.compile(r"(\d+)/(\d+) \[[^\]]*step")  # in a training's progress bar

@@ -38,7 +38,7 @@ class Adapters(nn.ModuleDict):
     """{name of a matrix, with / for dots: its adapter}"""
 
     @torch.no_grad()
-    def settle(self, model: Model) -> None:
+    def end_learning(self, model: Model) -> None:
         """What they have learnt goes into the matrices."""
         for adapter in self.values():
             adapter.hook.remove()

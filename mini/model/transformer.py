@@ -301,11 +301,11 @@ class Model(nn.Module):
                 done.add(module.weight)
                 draw(module.weight, f"{name}.weight", torch.initial_seed(), getattr(module, "std", 0.02))
 
-    def settle(self) -> None:
+    def end_learning(self) -> None:
         """What existed only while it learnt goes, once what it has learnt for the model is in the model."""
         for module in self.learning.values():
-            if hasattr(module, "settle"):
-                module.settle(self)
+            if hasattr(module, "end_learning"):
+                module.end_learning(self)
         self.learning = nn.ModuleDict()
 
     def freeze_unused(self) -> None:

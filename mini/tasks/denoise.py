@@ -52,7 +52,7 @@ class Denoising(NextToken):
             raise UserError(f"--max_len {max_len}: too short for a text and its damaged copy; give at least 9")
         judging, train = train is None, train or valid
         self.train, self.valid, self.seed, self.tokenizer = train.tokens, valid.tokens, seed, tokenizer
-        self.options, self.max_len, self.notes = options or DenoiseConfig(), max_len, []
+        self.options, self.notes = options or DenoiseConfig(), []
         self.noise = parse_steps("noise", self.options.noise, NOISE)
         self.checksum = f"{train.sha256}-{valid.sha256}"
         self.size = (max_len - 1) // 2  # tokens of a text

@@ -200,7 +200,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
                 break
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model.settle()
+    model.end_learning()
     if not steps:  # a run that is only judged
         figures = state["best"] = evaluate(model, task, world, dtype, size)
         if not math.isfinite(figures["val_loss"]):

@@ -82,18 +82,19 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     embed_lr = config.embed_lr or (config.lr / 2 if muon else config.lr)
     head_lr = config.head_lr or (config.lr / 4 if muon else config.lr)
     rates = {"hidden": config.lr, "embedding": embed_lr, "head": head_lr, "vector": head_lr}
-    groups: dict[tuple[str, float], list[nn.Parameter]] = {(role, 1.0): [] for role in rates}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}  # (role, share of its rate) -> parameters
     for name, role in roles(model).items():
         if role not in rates:
             raise ValueError(f"{name} has the role {role!r}; a module's role is one of {', '.join(rates)}")
         groups.setdefault((role, model.rates.get(name, 1.0)), []).append(model.get_parameter(name))
-    decay = {role: 0.0 if role == "vector" else config.weight_decay for role in rates}
-    made = {kind: dict(params=p, lr=rates[kind[0]] * kind[1], peak_lr=rates[kind[0]] * kind[1],
-                       weight_decay=decay[kind[0]]) for kind, p in groups.items() if p}  # fmt: skip
-    hidden = [made.pop(kind) for kind in list(made) if muon and kind[0] == "hidden"]
+    adamw, hidden = [], []
+    for (role, share), params in groups.items():
+        rate, decay = rates[role] * share, 0.0 if role == "vector" else config.weight_decay
+        group = dict(params=params, lr=rate, peak_lr=rate, weight_decay=decay)
+        (hidden if muon and role == "hidden" else adamw).append(group)
     optimizers: list[torch.optim.Optimizer] = []
-    if made:
-        optimizers.append(torch.optim.AdamW([*made.values()], betas=(config.beta1, config.beta2), fused=True))
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, betas=(config.beta1, config.beta2), fused=True))
     if hidden:
         parts = {id(m.weight): m.parts for m in model.modules() if isinstance(m, Linear)}
         optimizers.append(Muon(hidden, config.lr, config.momentum, config.weight_decay, config.turns, parts))

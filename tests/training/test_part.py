@@ -38,7 +38,7 @@ def test_adapters_begin_as_nothing_and_end_in_the_matrices():
         torch.nn.init.normal_(adapter.B.weight, std=0.1)
     matrices = {f"{name}.weight" for name, m in plain.named_modules() if ".blocks." in name and hasattr(m, "parts")}
     alive, saved = adapted(tokens), served(adapted)
-    adapted.settle()
+    adapted.end_learning()
     torch.testing.assert_close(adapted(tokens), alive)
     assert not torch.allclose(alive, plain(tokens)) and not adapted.learning
     for name, before in plain.named_parameters():
