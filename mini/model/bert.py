@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mini.model.config import ModelConfig
 from mini.model.layers import Linear, linear_flops, make_norm
 from mini.model.published import bert_config, bert_tensors, with_heads
+from mini.model.scores import Unscored
 from mini.model.transformer import Model, at_positions, make_activation, real_tokens
 from mini.tensors import loaded
 
@@ -62,7 +63,7 @@ class Bert(Model):
         hidden = self.encode(tokens, lengths, segments)  # (B, T, C)
         return hidden[:, 0] if pooling == "cls" else average(hidden, real_tokens(tokens, lengths))
 
-    def answers(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def answers(self, inputs: dict[str, Tensor], in_parts: bool = False) -> dict[str, Tensor | Unscored]:
         """The logits of classes, (B, n_classes); of an answer's first and last token, (B, 2, T), padding aside; of
         masked tokens, (B, M, V), and the next sentence, (B, 2); or without a head the hidden states, (B, T, C)."""
         tokens, lengths, segments = inputs["tokens"], inputs["lengths"], inputs.get("segments")
@@ -73,11 +74,12 @@ class Bert(Model):
             return {"qa": logits.masked_fill(~real_tokens(tokens, lengths)[:, None], NEVER)}
         if self.mlm is None:
             return {"hidden": self.encode(tokens, lengths, segments)}
-        mlm, nsp = self.predict(tokens, lengths, inputs["positions"], segments, inputs.get("documents"))
+        mlm, nsp = self.predict(tokens, lengths, inputs["positions"], segments, inputs.get("documents"), in_parts)
         return {"mlm": mlm} if nsp is None else {"mlm": mlm, "nsp": nsp}
 
     def predict(self, tokens: Tensor, lengths: Tensor, positions: Tensor, segments: Tensor | None = None,
-                documents: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+                documents: Tensor | None = None,
+                in_parts: bool = False) -> tuple[Tensor | Unscored, Tensor | None]:  # fmt: skip
         """Logits (B, M, V) of the tokens at positions (B, M), and of the next sentence (B, 2): follows, is random.
 
         Only the M masked ones meet the vocabulary: at 15 % of the tokens, an all but free head.
@@ -85,7 +87,9 @@ class Bert(Model):
         hidden = self.encode(tokens, lengths, segments, documents)  # (B, T, C)
         masked = at_positions(hidden, positions)  # (B, M, C)
         pooled = self.pool(hidden, real_tokens(tokens, lengths)) if self.nsp is not None else None
-        return self.vocabulary(self.mlm(masked)), self.nsp(pooled) if self.nsp is not None else None
+        states = self.mlm.transform(masked)  # (B, M, C)
+        mlm = self.unscored(states, self.mlm.decoder) if in_parts else self.vocabulary(self.mlm.decoder(states))
+        return mlm, self.nsp(pooled) if self.nsp is not None else None
 
     def classify(self, tokens: Tensor, lengths: Tensor, segments: Tensor | None = None) -> Tensor:
         """tokens (B, T) padded at the right to lengths (B,) -> class logits (B, n_classes)."""
@@ -139,7 +143,11 @@ class MLMHead(nn.Module):
         if config.tied:
             self.decoder.weight = tokens
 
+    def transform(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., C), which the decoder multiplies"""
+        hidden = self.activation(self.dense(hidden)).to(self.norm.weight.dtype)  # where autocast has made it bfloat16
+        return self.norm(hidden)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., C) -> (..., rows of the embedding)"""
-        hidden = self.activation(self.dense(hidden)).to(self.norm.weight.dtype)  # where autocast has made it bfloat16
-        return self.decoder(self.norm(hidden))
+        return self.decoder(self.transform(hidden))

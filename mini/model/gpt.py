@@ -12,6 +12,7 @@ from mini.model.attention import KVCache
 from mini.model.config import ModelConfig
 from mini.model.layers import Linear, linear_flops
 from mini.model.published import gpt2_config, gpt2_tensors
+from mini.model.scores import Unscored
 from mini.model.transformer import Model, at_positions, real_tokens
 from mini.tensors import loaded
 
@@ -52,7 +53,7 @@ class GPT(Model):
         last = hidden[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, C)
         return self.classifier(last)
 
-    def answers(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def answers(self, inputs: dict[str, Tensor], in_parts: bool = False) -> dict[str, Tensor | Unscored]:
         """The logits of classes, (B, n_classes), or of what follows each token, (B, T, V), or those at positions."""
         if self.classifier is not None:
             return {"classify": self.classify(inputs["tokens"], inputs["lengths"])}
@@ -61,7 +62,7 @@ class GPT(Model):
             real = (targets >= 0).int().flip(1).cummax(dim=1).values.flip(1).bool()
         hidden = self.stack(inputs["tokens"], real=real, documents=inputs.get("documents"))  # (B, T, C)
         hidden = at_positions(hidden, inputs["positions"]) if "positions" in inputs else hidden
-        return {"lm": self.logits(hidden)}
+        return {"lm": self.unscored(hidden, self.head) if in_parts else self.logits(hidden)}
 
     def generate(self, tokens: Tensor, max_new_tokens: int = 64, temperature: float = 0.0, top_k: int | None = None,
                  top_p: float | None = None, use_cache: bool = True, **options) -> Tensor:  # fmt: skip

@@ -17,6 +17,7 @@ from mini.model.attention import ATTENTION, KVCache, View
 from mini.model.config import ModelConfig
 from mini.model.layers import Dropout, Embedding, Linear, linear_flops, make_norm, residual_std
 from mini.model.lstm import LSTM
+from mini.model.scores import Unscored, capped
 
 # A function, or a class of modules for one with parameters of its own.
 ACTIVATIONS = {
@@ -269,7 +270,8 @@ class Transformer(nn.Module):
 class Model(nn.Module):
     """What a GPT and a BERT share beside the stack; fresh weights follow torch.manual_seed and their names. Each has
 
-    answers(inputs)             {name: logits (.., V)} of its heads for a batch's inputs, first those it is judged by
+    answers(inputs, in_parts)   {name: logits (.., V)} of its heads for a batch's inputs, first those it is judged by;
+                                in_parts: those over a vocabulary may be Unscored, for token_loss() alone
     flops(length, predicted)    of a forward pass for one token of `length`, of which a share meets the vocabulary
     """
 
@@ -321,8 +323,16 @@ class Model(nn.Module):
 
     def vocabulary(self, scores: Tensor) -> Tensor:
         """(..., rows of the embedding) -> logits (..., V): without the rows of vocab_multiple; capped if configured."""
-        scores, cap = scores[..., : self.config.vocab_size], self.config.logit_softcap
-        return cap * torch.tanh(scores / cap) if cap else scores
+        return capped(scores[..., : self.config.vocab_size], self.config.logit_softcap)
+
+    def unscored(self, hidden: Tensor, head: Linear) -> Tensor | Unscored:
+        """hidden (.., C) -> logits (.., V) that are yet to be computed.
+
+        Of a head with arithmetic of its own (int8), and where nothing learns, they are computed.
+        """
+        if type(head) is not Linear or not torch.is_grad_enabled():
+            return self.vocabulary(head(hidden))
+        return Unscored(hidden, head, self.config.vocab_size, self.config.logit_softcap)
 
     def store(self, dtype: torch.dtype) -> Self:
         """Matrices and tables in dtype, while all else, and all arithmetic, stays as it is.

@@ -68,6 +68,7 @@ class Task:
     best: str | None = None  # the validation figure whose best weights are kept; None: the last ones
     teaches = True  # whether its answers are probabilities, from which a student can learn
     fixed_shape = False  # whether every batch has the same shape, and next to no padding
+    in_parts = False  # whether losses() is content with Unscored logits, as token_loss() is; else it gets them all
     predicted = 1.0  # the share of the tokens that meet the vocabulary
     unit = "examples"  # what n_valid counts
     additive = True  # whether metrics() can judge the sums of a part of the validation examples
@@ -109,7 +110,8 @@ class Task:
         return batch.counts
 
     def loss(self, model: Model, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.losses(model.answers(inputs), inputs)
+        answers = model.answers(inputs, in_parts=True) if self.in_parts else model.answers(inputs)
+        return self.losses(answers, inputs)
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """Their weighted sum."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
+from mini.model.scores import token_loss
 from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, Task
 from mini.tasks.inputs import check_documents, document_numbers, pad
@@ -23,13 +23,12 @@ from mini.text.tokens import TokenFile
 class NextToken(Task):
     """What language modelling and answers to prompts share."""
 
-    kinds, judged, command = ("gpt",), "lm", "sample"
+    kinds, judged, command, in_parts = ("gpt",), "lm", "sample", True
     tokenizer: Tokenizer
 
     def losses(self, answers: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropy in nats; targets (B, T), IGNORE where nothing is to be predicted."""
-        logits = answers["lm"].float()  # (B, T, V)
-        return {"lm": F.cross_entropy(logits.flatten(0, 1), inputs["targets"].flatten(), reduction="sum")}
+        return {"lm": token_loss(answers["lm"], inputs["targets"])}
 
     def metrics(self, sums: dict[str, Tensor]) -> dict:
         loss, count, n_bytes = (float(sums[name]) for name in ("lm", "count/lm", "bytes"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
+from mini.model.scores import token_loss
 from mini.model.transformer import Model
 from mini.tasks.base import IGNORE, Batch, Task
 from mini.tasks.inputs import check_documents, document_numbers
@@ -92,8 +93,7 @@ class MaskedLanguageModelling(Task):
 
     def losses(self, answers: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropies in nats; targets (B, M), IGNORE where a row has fewer; unrelated (B,): 1 if B is random."""
-        mlm = answers["mlm"].float().flatten(0, 1)  # (B M, V)
-        losses = {"mlm": F.cross_entropy(mlm, inputs["targets"].flatten(), reduction="sum")}
+        losses = {"mlm": token_loss(answers["mlm"], inputs["targets"])}
         if "unrelated" in inputs:
             losses["nsp"] = F.cross_entropy(answers["nsp"].float(), inputs["unrelated"], reduction="sum")
         return losses

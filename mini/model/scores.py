@@ -1,0 +1,80 @@
+"""The loss of scores over a vocabulary, without ever holding all of them: a training has no larger tensor.
+
+Shapes: N tokens, C channels, V vocabulary, R rows of the head's matrix: V, or more by vocab_multiple.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROWS = 1024  # tokens whose scores are there at one time
+
+
+@dataclass
+class Unscored:
+    """The logits cap(x Wᵀ + b) of hidden states x (.., C), yet to be computed: what tasks with in_parts are given."""
+
+    hidden: Tensor
+    head: nn.Linear
+    vocab_size: int
+    cap: float  # logits are cap · tanh(scores / cap); 0: the scores
+
+
+def capped(scores: Tensor, cap: float) -> Tensor:
+    """Scores that stay within ± cap (Gemma Team 2024, "Gemma 2", §2); 0: as they are."""
+    return cap * torch.tanh(scores / cap) if cap else scores
+
+
+def token_loss(logits: Tensor | Unscored, targets: Tensor) -> Tensor:
+    """The summed cross-entropy in nats of logits (.., V) and targets (..), of which negative ones do not count."""
+    if isinstance(logits, Unscored):
+        x, head = logits.hidden.flatten(0, -2), logits.head  # (N, C)
+        return LossInParts.apply(x, head.weight, head.bias, targets.flatten(), logits.vocab_size, logits.cap)
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=-100)
+
+
+class LossInParts(torch.autograd.Function):
+    """Cross-entropy and its gradient, a few rows at a time: the plain way's products, in ROWS / N of its memory.
+
+    The loss is a sum, whose gradient by each score s is softmax(s) - [s is the target's], times 1 - tanh² where scores
+    are capped: it is known as soon as the scores are, and goes on into x and W before the next rows' take their place.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, V: int, cap: float) -> Tensor:
+        """x (N, C), weight (R, C), bias (R,), targets (N,) -> the sum over all targets of 0 or more."""
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        W = weight.to(dtype)
+        total = x.new_zeros((), dtype=torch.float32)
+        to_x = []
+        to_weight = torch.zeros_like(weight) if needs_weight else None
+        to_bias = torch.zeros_like(bias) if needs_bias else None
+        for part, target in zip(x.split(ROWS), targets.split(ROWS), strict=True):
+            part = part.to(dtype)
+            scores = F.linear(part, W, None if bias is None else bias.to(dtype))  # (n, R)
+            logits = capped(scores[:, :V].float(), cap)
+            counts, target = (target >= 0)[:, None], target.clamp(min=0)[:, None]  # (n, 1)
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)
+            total += ((log_sum - logits.gather(1, target)) * counts).sum()
+            if not (needs_x or needs_weight or needs_bias):
+                continue
+            slope = (logits - log_sum).exp_()  # (n, V): the softmax, and then the gradient
+            slope.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+            slope *= counts * (1 - (logits / cap).square()) if cap else counts
+            slope = F.pad(slope.to(dtype), (0, len(W) - V))  # (n, R)
+            if needs_x:
+                to_x.append((slope @ W).to(x.dtype))
+            if needs_weight:
+                to_weight += slope.T @ part
+            if needs_bias:
+                to_bias += slope.sum(dim=0)
+        ctx.save_for_backward(torch.cat(to_x) if needs_x else None, to_weight, to_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple:
+        """slope: of what the loss became a part of, by the loss."""
+        return *(None if found is None else found * slope for found in ctx.saved_tensors), None, None, None
