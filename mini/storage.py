@@ -27,10 +27,15 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def beside(path: Path) -> Path:
-    """A hidden name beside a file or folder, with the process and the machine that make it."""
+def maker() -> str:
+    """This process, in the names of what it has not finished."""
+    return f"{os.getpid()}-{START}@{machine()}"
+
+
+def beside(path: Path, made_by: str = "") -> Path:
+    """A hidden name beside a file or folder, with the process and the machine that make it: this one, or made_by."""
     sweep(path.parent)
-    return path.with_name(f".{path.name}.{os.getpid()}-{START}@{machine()}.tmp")
+    return path.with_name(f".{path.name}.{made_by or maker()}.tmp")
 
 
 @functools.cache  # once for a folder and a process: it may have many files
@@ -99,11 +104,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """The same for a whole folder: what stands at `path` is complete at any time, the old one, the new one or none."""
+    """The same for a whole folder: what stands at `path` is complete at any time, the old one, the new one or none.
+
+    Others that know maker() may write into it, too.
+    """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
     try:
         with naming(path):
             yield temporary

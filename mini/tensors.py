@@ -7,8 +7,10 @@ JSON header with each tensor's dtype, shape and place; the raw bytes. It can run
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,23 +36,61 @@ def digest_tensors(tensors: dict[str, torch.Tensor], *words: str) -> str:
     return h.hexdigest()[:32]
 
 
-def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes named tensors as one safetensors file, atomically. The same tensors give the same bytes."""
+class Rows(NamedTuple):
+    """What a process holds of a tensor: all of it, or of a sharded one (torch's DTensor) some of its rows."""
+
+    tensor: torch.Tensor
+    first: int  # the number of its first row
+    shape: torch.Size  # of the whole
+    whole: bool  # whether every process holds all of it
+
+
+def held(tensor: torch.Tensor) -> Rows:
+    """The rows of a tensor that are here; they share its memory."""
+    tensor = tensor.detach()
+    if not hasattr(tensor, "to_local"):
+        return Rows(tensor, 0, tensor.shape, True)
+    share = -(-len(tensor) // tensor.device_mesh.size())  # rows, as torch.chunk deals them out
+    first = min(len(tensor), share * tensor.device_mesh.get_local_rank())
+    return Rows(tensor.to_local(), first, tensor.shape, False)
+
+
+def put(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies a whole tensor into another, of which only the rows that are here are looked at."""
+    rows = held(target)
+    rows.tensor.copy_(source if rows.whole else source[rows.first : rows.first + len(rows.tensor)])
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Rows], lead: bool = True) -> None:
+    """Writes named tensors as one safetensors file. The same tensors give the same bytes, however they are sharded.
+
+    Several processes write one file: each its own rows, and that which is to `lead` the rest.
+    """
     header, offset = {}, 0
     # Widest types first keeps every tensor aligned to its item size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda name: (-tensors[name].tensor.element_size(), name))
     for name in order:
-        tensor, end = tensors[name], offset + tensors[name].nbytes
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        dtype, shape = tensors[name].tensor.dtype, tensors[name].shape
+        end = offset + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:  # others may have written into it
+        if lead:
+            file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensor = tensors[name].detach().cpu().contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            tensor, first, shape, whole = tensors[name]
+            if tensor.numel() and (lead or not whole):
+                row = shape[1:].numel() * tensor.element_size() if shape else 0
+                file.seek(8 + len(text) + header[name]["data_offsets"][0] + first * row)
+                file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes named tensors as one safetensors file, atomically."""
+    with atomic_file(path) as temporary:
+        write_tensors(temporary, {name: held(tensor) for name, tensor in tensors.items()})
 
 
 def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
@@ -110,7 +150,7 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], where
         raise UserError(f"{where}: {bad[0]} holds values that are no numbers{others}: train it anew, or copy it again")
     with torch.no_grad():
         for name, tensor in weights(model).items():
-            tensor.copy_(tensors[name])
+            put(tensor, tensors[name])
 
 
 def check_shapes(wanted: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], where: str | Path) -> None:

@@ -351,7 +351,7 @@ class Model(nn.Module):
     def num_params(self) -> int:
         """Parameters that are served, without the rows that vocab_multiple adds."""
         total = sum(p.numel() for name, p in self.named_parameters() if not name.startswith("learning."))
-        return total - sum(p[self.config.vocab_size :].numel() for p in self.vocabulary_weights())
+        return total - sum((len(p) - self.config.vocab_size) * p.shape[1:].numel() for p in self.vocabulary_weights())
 
 
 def real_tokens(tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from torch import nn
 from mini import storage
 from mini.flags import UserError, from_dict, of_type
 from mini.model import int8, lora, sparse
-from mini.tensors import load_tensors, load_weights, save_tensors, weights
+from mini.tensors import Rows, held, load_tensors, load_weights, put, save_tensors, weights, write_tensors
+from mini.training.devices import World
 
 LEARNING = "learning."  # before the names of what is never served
 FINAL = ("config.json", "tokenizer.json", "tokenizer.tiktoken", "vocab.txt", "model.safetensors")  # a finished run
@@ -39,6 +42,8 @@ class State:
     check: str  # of all the others
     best_sha256: str = ""  # of its weights, in best-STEP.safetensors
     config: str = ""  # SHA-256 of the config.json of the run that it belongs to
+    scale: float = 1.0  # of the losses, whose gradients float16 would lose; and
+    good: int = 0  # how many steps it has been right for
 
 
 def served(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -48,14 +53,26 @@ def served(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def save_model(model: nn.Module, folder: Path) -> dict:
+def save_model(model: nn.Module, folder: Path, world: World) -> dict:
     """Writes the final weights as they are served: int8, of masked matrices what stays. Returns figures of that."""
     figures = {"sparsity": sparse.sparsity(model)} if sparse.masks_of(model) else {}
-    model.cpu()
+    if not world.sharded:
+        model.cpu()
     if int8.is_prepared(model):
         int8.convert(model)
-    save_tensors(folder / "model.safetensors", sparse.pack(served(model)))
+    save_together(folder / "model.safetensors", sparse.pack(served(model)), world)
     return figures | {"bytes": (folder / "model.safetensors").stat().st_size}
+
+
+def save_together(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
+    """Writes one file, atomically: the main process alone or, of what is sharded, each process its rows."""
+    if not world.sharded:
+        save_tensors(path, tensors)
+        return
+    with storage.atomic_file(path) if world.main else contextlib.nullcontext() as temporary:
+        write_tensors(Path(world.agree(str(temporary))), {n: held(t) for n, t in tensors.items()}, lead=world.main)
+        world.wait()
+    world.wait()  # until it has its name
 
 
 def write_result(folder: Path, result: dict) -> None:
@@ -86,19 +103,67 @@ def read_result(folder: Path, files: bool = False) -> dict | None:
 
 
 # ---------------------------------------------------------------- checkpoints
-def save_checkpoint(folder: Path, model: nn.Module, optimizers: list, state: dict, keep: int) -> Path:
-    """Writes checkpoints/step-N, N = state["step"], whole or not at all; deletes all but the newest `keep`."""
-    path = folder / "checkpoints" / f"step-{state['step']:08d}"
-    with storage.atomic_folder(path) as temporary:
-        save_tensors(temporary / "model.safetensors", weights(model))
-        save_tensors(temporary / "optimizer.safetensors", optimizer_tensors(model, optimizers))
-        checksums = {file.name: storage.sha256(file) for file in sorted(temporary.iterdir())}
-        content = {**state, "config": storage.sha256(folder / "config.json"), "sha256": checksums}
-        storage.write_json(temporary / "state.json", {**content, "check": digest(content)})
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    drop_best(folder, best_steps(folder))
-    return path
+class Writer:
+    """Writes checkpoints beside the training, one at a time, from a copy of what they hold.
+
+    The main process writes them or, of what is sharded, every process its rows into the same files. They talk through
+    the files alone, for the training's own messages are on their way meanwhile: a process that has written its rows
+    leaves the mark .done-RANK, and the main one ends the checkpoint once all marks are there.
+    """
+
+    def __init__(self, folder: Path, keep: int, world: World):
+        self.folder, self.keep, self.world = folder, keep, world
+        self.made_by = world.agree(storage.maker()) if world.sharded else ""
+        self.thread, self.pending, self.left = ThreadPoolExecutor(1), None, threading.Event()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is not None and self.world.sharded:  # the others' rows may never come
+            self.left.set()
+        self.thread.shutdown()
+
+    def save(self, model: nn.Module, optimizers: list, state: dict) -> None:
+        """Begins to write checkpoints/step-N, N = state["step"], whole or not at all."""
+        self.wait()
+        files = {"model.safetensors": weights(model), "optimizer.safetensors": optimizer_tensors(model, optimizers)}
+        copies = {}
+        for file, tensors in files.items():
+            rows = {name: held(tensor) for name, tensor in tensors.items()}
+            copies[file] = {name: r._replace(tensor=r.tensor.to("cpu", copy=True)) for name, r in rows.items()}
+        self.pending = self.thread.submit(self.write, copies, dict(state))
+
+    def wait(self) -> Path | None:
+        """Until the last one is on the disk; returns it. Raises what went wrong there."""
+        pending, self.pending = self.pending, None
+        return pending.result() if pending else None
+
+    def write(self, files: dict[str, dict[str, Rows]], state: dict) -> Path:
+        path = self.folder / "checkpoints" / f"step-{state['step']:08d}"
+        if not self.world.main:
+            temporary = storage.beside(path.resolve(), self.made_by)
+            temporary.mkdir(parents=True, exist_ok=True)
+            for name, rows in files.items():
+                write_tensors(temporary / name, rows, lead=False)
+                storage.fsync(temporary / name)
+            (temporary / f".done-{self.world.rank}").touch()
+            return path
+        with storage.atomic_folder(path) as temporary:
+            for name, rows in files.items():
+                write_tensors(temporary / name, rows)
+            for rank in range(1, self.world.size if self.world.sharded else 1):
+                while not (mark := temporary / f".done-{rank}").exists():
+                    if self.left.wait(0.02):
+                        raise UserError(f"{path}: not written, as the rows of rank {rank} did not come")
+                mark.unlink()
+            checksums = {file.name: storage.sha256(file) for file in sorted(temporary.iterdir())}
+            content = {**state, "config": storage.sha256(self.folder / "config.json"), "sha256": checksums}
+            storage.write_json(temporary / "state.json", {**content, "check": digest(content)})
+        for old in checkpoints(self.folder)[: -self.keep]:
+            shutil.rmtree(old)
+        drop_best(self.folder, best_steps(self.folder))
+        return path
 
 
 def best_file(folder: Path, step: int) -> Path:
@@ -122,10 +187,11 @@ def drop_best(folder: Path, keep: set[int] = frozenset()) -> None:
             path.unlink()
 
 
-def keep_best(folder: Path, model: nn.Module, step: int) -> str:
+def keep_best(folder: Path, model: nn.Module, step: int, world: World) -> str:
     """Writes the weights of the best step so far; returns their checksum."""
-    save_tensors(best_file(folder, step), served(model))
-    drop_best(folder, best_steps(folder) | {step})
+    save_together(best_file(folder, step), served(model), world)
+    if world.main:
+        drop_best(folder, best_steps(folder) | {step})
     return storage.sha256(best_file(folder, step))
 
 
@@ -191,9 +257,18 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: list) -> dict:
             prefix = f"{index}/{name}/"
             found = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
             # Copies: the file is only mapped, and an optimizer writes into its state.
-            optimizer.state[parameter] = {key: t.to(parameter.device, copy=True) for key, t in found.items()}
+            optimizer.state[parameter] = {key: state_like(parameter, t) for key, t in found.items()}
     state = vars(read_state(path))
     return {name: value for name, value in state.items() if name not in ("config", "sha256", "check")}
+
+
+def state_like(parameter: nn.Parameter, saved: torch.Tensor) -> torch.Tensor:
+    """A quantity of an optimizer: a number, or as large as the parameter, and then where that is."""
+    if saved.shape != parameter.shape:
+        return saved.to(parameter.device, copy=True)
+    state = torch.empty_like(parameter, dtype=saved.dtype, requires_grad=False)
+    put(state, saved)
+    return state
 
 
 def read_state(checkpoint: Path) -> State:

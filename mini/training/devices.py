@@ -22,11 +22,12 @@ class World:
     """The processes that train together: one alone, or as many as torchrun started."""
 
     def __init__(self, device: str):
+        self.sharded = False  # whether each process holds a share of the model only
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         if self.size > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if self.on_gpu else "gloo"  # what CPUs tell one another waits for no GPU
             dist.init_process_group(backend, timeout=timedelta(hours=4))  # rank 0 may tokenize for long
 
     @property
@@ -52,7 +53,7 @@ class World:
         """Rank 0's value, on every rank: for choices that hang on what each has measured."""
         box = [value]
         if self.size > 1:
-            dist.broadcast_object_list(box, device=self.device)
+            dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
 
     def alone(self) -> "World":
@@ -65,21 +66,21 @@ class World:
         """The highest of all ranks' values."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(value, device=self.device)
+        tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
     def main_first(self, make: Callable):
         """make() on rank 0, then on the others: what the first one builds, the others find."""
         if self.main:
-            failed = torch.ones((), device=self.device)
+            failed = torch.ones(())
             try:
                 result = make()
                 failed.zero_()
                 return result
             finally:
                 self.sum(failed)
-        if self.sum(torch.zeros((), device=self.device)):
+        if self.sum(torch.zeros(())):
             raise SystemExit(2)  # rank 0 says why
         return make()
 
@@ -125,7 +126,7 @@ def device_name(device: torch.device) -> str:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively; else float32 by the fast path, TF32 on GPUs.
+    """bfloat16 where the hardware multiplies it natively; else float16 on GPUs, and on CPUs float32 by the fast path.
 
     An explicit float32 means all of its bits. MINI_NO_BF16=1 makes auto behave as on hardware without bfloat16.
     """
@@ -135,9 +136,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         native = any(getattr(torch.cpu, name, bool)() for name in checks)
     if name == "auto":
         torch.set_float32_matmul_precision("high")
-        native = native and not os.environ.get("MINI_NO_BF16")
-        return torch.bfloat16 if native else torch.float32
+        if native and not os.environ.get("MINI_NO_BF16"):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """While active, matrix products are made in dtype."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def can_compile(device: torch.device, say: Callable) -> bool:

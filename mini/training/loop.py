@@ -1,8 +1,10 @@
 """The loop: every training in mini, whatever the model and the task, goes through train().
 
     for step in range(from the newest checkpoint, steps):
+        micro_batches()       this rank's share of the batch, made by a thread during the step before
+        count()               what the losses are divided by: of the whole batch, over all ranks
         set the learning rate
-        backward()            each micro-batch of the step: forward, loss / count of the whole batch, backward
+        backward()            each micro-batch: forward, loss / count, backward
         after_backward()      of the methods that are handed in, such as pruning
         clip_gradients()      and stop the run if loss or norm is not a number
         optimizer.step()
@@ -18,12 +20,15 @@ of one size (1 x 4, 2 x 2, 4 x 1), and a run goes on from a checkpoint as if it 
 
 import contextlib
 import inspect
+import itertools
 import math
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +40,11 @@ from mini.flags import Checked, UserError, option
 from mini.model.transformer import Model
 from mini.tasks.base import Batch, Task
 from mini.tasks.order import mix
+from mini.tensors import held
 from mini.training import checkpoints
-from mini.training.devices import World, can_compile, keep_memory, peak_memory, pick_dtype, progress_bar
+from mini.training.devices import World, autocast, can_compile, keep_memory, peak_memory, pick_dtype, progress_bar
 from mini.training.optim import OptimConfig, make_optimizers, schedule
+from mini.training.shard import shard, whole
 from mini.training.speed import Speedometer, plot_metrics
 
 
@@ -55,9 +62,11 @@ class TrainConfig(Checked):
     seed: int = option(1, "seed of weights, order and dropout", low=0, high=2**63 - 1)
     data_seed: int | None = option(None, "seed of the order and of masks; none: --seed", low=0, high=2**63 - 1)
     device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: str = option("auto", "of matrix products; auto: bfloat16 if in hardware", ("auto", "bfloat16", "float32"))
+    dtype: str = option("auto", "of matrix products; auto: bfloat16 if in hardware",
+                        ("auto", "bfloat16", "float16", "float32"))  # fmt: skip
     compile: str = option("auto", "torch.compile; auto: on GPUs (CPUs' sums would vary)", ("auto", "true", "false"))
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory")
+    shard: bool = option(False, "each rank holds a share of the model and of the optimizer's state", resume=True)
     eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch", low=0)
     eval_tokens: int = option(0, "validation tokens that evaluations of lm before the last use; 0: all", low=0)
     log_every: int = option(10, "steps between lines of metrics.jsonl", resume=True, low=1)
@@ -109,57 +118,79 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     """
     objective = objective or task
     size = micro_batch_size(options, world)
+    ready = partial(micro_batches, task, size=size, options=options, world=world)
     steps, eval_every = options.total_steps(task, model), options.eval_every
     if objective.best and not eval_every:
         eval_every = -(-task.n // options.batch_size)  # each epoch
 
     keep_memory()
     peak_memory(world.device)  # what came before does not count
-    model.to(world.device).train()
+    model.train()
     model.stack.checkpoint_activations = options.checkpoint_activations
     dtype = pick_dtype(options.dtype, world.device)
     model.freeze_unused()
+    losses_of: nn.Module = Losses(model, objective)
+    if options.shard and world.size > 1:
+        shard(losses_of, model.stack.blocks, world)
+    model.to(world.device)
     # In fewer steps than there are turns, each matrix has its turn all the same.
-    optimizers = make_optimizers(model, replace(optim, turns=min(optim.turns, max(1, steps))))
+    optimizers = make_optimizers(model, replace(optim, turns=min(optim.turns, max(1, steps))), world)
     state = resume(model, optimizers, folder, world)
     if state["step"] > steps:
         raise UserError(f"{folder}: its checkpoint is of step {state['step']:,}, and the run has {steps:,}")
+    if dtype == torch.float16 and not state["step"]:
+        state["scale"] = 2.0**16
 
-    losses_of: nn.Module = Losses(model, objective)
     # On CPUs compiled code adds in an order that varies with several threads: runs would not repeat to the bit.
     wanted = options.compile == "true" or (options.compile == "auto" and objective.fixed_shape and world.on_gpu)
     if wanted and can_compile(world.device, world.say):
-        losses_of = torch.compile(losses_of)
-    if world.size > 1:
+        if world.sharded:  # what gathers a block's parameters stands between the blocks
+            for block in model.stack.blocks:
+                block.compile()
+        else:
+            losses_of = torch.compile(losses_of)
+    if world.size > 1 and not world.sharded:
         newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # torch 2.13's name
         buffers = {"forward_sync_buffers" if newer else "broadcast_buffers": False}  # all ranks compute the same ones
-        losses_of = DistributedDataParallel(losses_of, **buffers)
+        losses_of = DistributedDataParallel(losses_of, gradient_as_bucket_view=True, **buffers)
     counted = objective.fixed_shape and all(p.requires_grad for p in model.parameters())  # else a step does less
     speed = Speedometer(model, task.predicted if counted else 0, dtype, world, state)
+    writes = world.main or world.sharded  # whether this rank has something to write
 
     began = time.perf_counter() - state["seconds"]
     bar = progress_bar(total=steps, initial=state["step"], disable=not (world.main and steps), unit="step")
-    with Interrupts() as interrupts, bar:
+    writer, thread = checkpoints.Writer(folder, options.keep, world), ThreadPoolExecutor(1)
+    with Interrupts() as interrupts, bar, writer, thread:
+        coming = thread.submit(ready, state["step"])
         for step in range(state["step"], steps):
-            stop = world.highest(interrupts.received)
             clock = time.perf_counter()
-            at = step
-            if options.max_seconds:  # as far along as the clock is, or the steps
-                spent = world.highest(round(1000 * (clock - began))) / 1000 / options.max_seconds
-                at = max(step, min(steps - 1, int(spent * steps)))
+            batches = coming.result()
+            coming = thread.submit(ready, min(step + 1, steps - 1))
+            counts, n_tokens, (stop, spent) = count(objective, batches, world, interrupts.received, clock - began)
+            # Where there is a limit, as far along as the clock is, or the steps.
+            at = max(step, min(steps - 1, int(spent / options.max_seconds * steps))) if options.max_seconds else step
             share = schedule(at, steps, optim)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["peak_lr"] * share
-            batches = micro_batches(task, step, size, options, world)
-            losses, weights, n_tokens = backward(losses_of, objective, model.loss_weights, batches, dtype, world)
+            sums, weights = backward(losses_of, objective, model.loss_weights, batches, counts, n_tokens, dtype, world,
+                                     state["scale"])  # fmt: skip
             for method in methods:
                 method.after_backward(at, steps)
+            norm = clip_gradients(model, optim.clip, state["scale"])
+            *values, norm = torch.stack([*sums.values(), norm]).tolist()  # here alone a step waits for its device
+            losses = {name: value / counts.get(name, n_tokens) for name, value in zip(sums, values, strict=True)}
             loss = sum(weights[name] * value for name, value in losses.items())
-            norm = clip_gradients(model, optim.clip)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            lost = (
+                dtype == torch.float16 and not math.isfinite(norm) and state["scale"] > 1
+            )  # gradients too large for it
+            if not (math.isfinite(loss) and (math.isfinite(norm) or lost)):
+                writer.wait()
                 raise diverged(step + 1, f"the loss is {loss} and the gradient norm {norm}", step, folder)
+            if dtype == torch.float16:
+                state |= rescaled(state, lost)
             for optimizer in optimizers:
-                optimizer.step()
+                if not lost:
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             done, last = step + 1, at + 1 == steps
             settled = False not in [method.after_step(at + 1, steps) for method in methods]
@@ -175,29 +206,33 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
                 postfix = f"loss {loss:.3f}, lr {row['lr']:.2g}, {row['tokens_per_s']:,.0f} tokens/s"
                 bar.set_postfix_str(postfix, refresh=False)
                 if evaluating:
-                    figures = evaluate(model, task, world, dtype, size, 0 if last else options.eval_tokens)
+                    with whole(losses_of):
+                        figures = evaluate(model, task, world, dtype, size, 0 if last else options.eval_tokens)
                     if not math.isfinite(figures["val_loss"]):
                         raise diverged(done, f"the validation loss is {figures['val_loss']}", done, folder)
                     row |= {name: value for name, value in figures.items() if isinstance(value, float)}
                     world.say(f"step {done:>{len(str(steps))}}: " + describe(figures))
                     if objective.best and (last or settled) and is_better(figures, state["best"], objective.best):
                         state["best"] = {**figures, "best_step": done}
-                        state["best_sha256"] = checkpoints.keep_best(folder, model, done) if world.main else ""
+                        writer.wait()  # which deletes those of before
+                        state["best_sha256"] = checkpoints.keep_best(folder, model, done, world) if writes else ""
                 if world.main:
                     checkpoints.append_metrics(folder, row)
-            if world.main and falls_on(done, options.sample_every) and not last:
-                show_sample(model, task, world, dtype)
+            if writes and falls_on(done, options.sample_every) and not last:
+                with whole(losses_of):
+                    show_sample(model, task, world, dtype)
             state["seconds"] = time.perf_counter() - began
-            if not last and (stop or falls_on(done, options.checkpoint_every)) and world.main:
-                saved = checkpoints.save_checkpoint(folder, model, optimizers, state, options.keep)
+            if writes and not last and (stop or falls_on(done, options.checkpoint_every)):
+                writer.save(model, optimizers, state)
             if stop and not last:
                 bar.close()
-                if world.main:
-                    world.say(f"interrupted: {saved} is written; the same command goes on from there")
+                saved = writer.wait()
+                world.say(f"interrupted: {saved} is written; the same command goes on from there")
                 world.leave()
                 raise SystemExit(128 + stop)
             if last:
                 break
+        writer.wait()
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.end_learning()
@@ -215,21 +250,25 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     }  # fmt: skip
     if task.cut:
         result["cut"] = task.cut
-    if world.main:
-        if "best_step" in result:
-            checkpoints.load_best(folder, model, state)
-        if test is not None:  # by the main process alone
-            test.settle(result)
-            result["cut"] = result.get("cut", {}) | {"test": test.cut["valid"]}
-            figures = evaluate(model, test, world.alone(), dtype, size)
-            result |= {f"test_{n.removeprefix('val_')}": v for n, v in figures.items() if isinstance(v, float)}
-        finish(model, result, folder)
+    if "best_step" in result:
+        state["best_sha256"] = world.agree(state["best_sha256"])
+        checkpoints.load_best(folder, model, state)
+        world.wait()  # before they are deleted
+    if test is not None:
+        test.settle(result)
+        result["cut"] = result.get("cut", {}) | {"test": test.cut["valid"]}
+        with whole(losses_of):
+            figures = evaluate(model, test, world, dtype, size)
+        result |= {f"test_{n.removeprefix('val_')}": v for n, v in figures.items() if isinstance(v, float)}
+    if writes:
+        finish(model, result, folder, world)
     return result
 
 
 def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> dict:
     """Puts the newest whole checkpoint into place, if there is one; returns how far the run has come."""
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "best": None, "best_sha256": ""}
+    state |= {"scale": 1.0, "good": 0}
     if checkpoint := checkpoints.newest_checkpoint(folder, world.say):
         state |= checkpoints.load_checkpoint(checkpoint, model, optimizers)
         world.say(f"going on from {checkpoint}")
@@ -242,12 +281,13 @@ def resume(model: nn.Module, optimizers: list, folder: Path, world: World) -> di
     return state
 
 
-def finish(model: nn.Module, result: dict, folder: Path) -> None:
+def finish(model: nn.Module, result: dict, folder: Path, world: World) -> None:
     """Writes the final weights, the picture, and last result.json, with which the run counts as finished."""
-    result |= checkpoints.save_model(model, folder)
-    plot_metrics(checkpoints.read_metrics(folder), folder / "loss.png")
-    checkpoints.write_result(folder, result)
-    checkpoints.drop_best(folder)
+    result |= checkpoints.save_model(model, folder, world)
+    if world.main:
+        plot_metrics(checkpoints.read_metrics(folder), folder / "loss.png")
+        checkpoints.write_result(folder, result)
+        checkpoints.drop_best(folder)
 
 
 def micro_batch_size(options: TrainConfig, world: World) -> int:
@@ -267,32 +307,40 @@ def micro_batches(task: Task, step: int, size: int, options: TrainConfig, world:
     """This rank's share of a step's batch, each with the seed of its dropout, the same wherever it is computed."""
     first = step * options.batch_size + world.rank * options.accumulation * size
     firsts = [first + i * size for i in range(options.accumulation)]  # the number of each one's first example
-    return [(mix(options.seed, step, n), task.batch(np.arange(n, n + size))) for n in firsts]
+    batches = [(mix(options.seed, step, n), task.batch(np.arange(n, n + size))) for n in firsts]
+    return [(seed, batch.pin()) for seed, batch in batches] if world.on_gpu else batches
 
 
-def backward(losses_of: nn.Module, objective: object, extra_weights: dict[str, float],
-             batches: list[tuple[int, Batch]], dtype: torch.dtype,
-             world: World) -> tuple[dict[str, float], dict[str, float], int]:  # fmt: skip
-    """Leaves the gradient of the step's whole batch in the parameters: of all losses that objective and model return.
-
-    extra_weights: of the model's own losses. Returns ({name: mean loss in nats}, {name: its weight}, real tokens), all
-    of all ranks. Raises ValueError for a count or a weight without a loss, and for a name that is taken.
-    """
+def count(objective: object, batches: list[tuple[int, Batch]], world: World, signal: int = 0,
+          seconds: float = 0.0) -> tuple[dict[str, int], int, tuple[int, float]]:  # fmt: skip
+    """Of all ranks: {loss: predictions}, real tokens, (a signal that one of them has received, rank 0's seconds)."""
     counted = [objective.counts(batch) for _, batch in batches]
     if any(counts.keys() != counted[0].keys() for counts in counted):
         raise ValueError(f"micro-batches count different losses: {sorted(map(sorted, counted))}")
-    totals = [sum(counts[name] for counts in counted) for name in counted[0]]
-    totals = torch.tensor([*totals, sum(batch.n_tokens for _, batch in batches)], device=world.device)
-    *totals, n_tokens = world.sum(totals).tolist()
+    numbers = [sum(counts[name] for counts in counted) for name in counted[0]]
+    numbers += [sum(batch.n_tokens for _, batch in batches), signal, round(1e6 * seconds) * world.main, signal > 0]
+    *totals, n_tokens, signals, microseconds, ranks = world.sum(torch.tensor(numbers)).tolist()
     counts = dict(zip(counted[0], totals, strict=True))
+    return counts, n_tokens, (signals // max(1, ranks), microseconds / 1e6)
 
+
+def backward(losses_of: nn.Module, objective: object, extra_weights: dict[str, float],
+             batches: list[tuple[int, Batch]], counts: dict[str, int], n_tokens: int, dtype: torch.dtype, world: World,
+             scale: float = 1.0) -> tuple[dict[str, Tensor], dict[str, float]]:  # fmt: skip
+    """Leaves the gradient of the step's whole batch in the parameters: of all losses that objective and model return.
+
+    extra_weights: of the model's own losses. counts, n_tokens: of the whole batch. scale: by which the gradients are
+    too large. Returns ({name: summed loss in nats, of all ranks}, {name: its weight}).
+    Raises ValueError for a count or a weight without a loss, and for a name that is taken.
+    """
     sums: dict[str, Tensor] = {}
     for i, (seed, batch) in enumerate(batches):
         torch.manual_seed(seed)
-        # Ranks exchange gradients once, with the last micro-batch; DDP looks at this during the forward pass.
-        alone = world.size > 1 and i + 1 < len(batches)
+        # Ranks exchange gradients once, with the last micro-batch; DDP looks at this during the forward pass. Sharded
+        # ones go to their ranks at once: none has the memory for all of them.
+        alone = world.size > 1 and i + 1 < len(batches) and not world.sharded
         with losses_of.no_sync() if alone else contextlib.nullcontext():
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            with autocast(world.device, dtype):
                 asked, extra = losses_of(batch.to(world.device).inputs)
             if taken := asked.keys() & extra.keys() | (asked.keys() | extra.keys()) & RESERVED:
                 raise ValueError(f"two losses, or a figure of the log, have the name {', '.join(sorted(taken))}")
@@ -302,20 +350,32 @@ def backward(losses_of: nn.Module, objective: object, extra_weights: dict[str, f
                 raise ValueError(f"there is a count or a weight, but no loss, of the name {', '.join(sorted(missing))}")
             # Σ over all micro-batches and ranks of (summed loss / the whole batch's count) is the batch's mean loss.
             # Backward passes add up a rank's own; DDP averages over the ranks, so world.size makes that a sum.
-            shares = {name: weight * world.size / counts.get(name, n_tokens) for name, weight in weights.items()}
+            times = scale * world.size
+            shares = {name: weight * times / counts.get(name, n_tokens) for name, weight in weights.items()}
             losses = asked | extra
             sum(share * losses[name] for name, share in shares.items()).backward()
         for name, value in losses.items():
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-    values = world.sum(torch.stack([value.float() for value in sums.values()])).tolist()
-    means = {name: value / counts.get(name, n_tokens) for name, value in zip(sums, values, strict=True)}
-    return means, weights, n_tokens
+    values = world.sum(torch.stack([value.float() for value in sums.values()]))
+    return dict(zip(sums, values.unbind(), strict=True)), weights
 
 
-def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scales all gradients so that their norm is at most limit (0: leaves them); returns the norm before."""
+def clip_gradients(model: nn.Module, limit: float, scale: float = 1.0) -> Tensor:
+    """Divides all gradients by scale, and again where their norm is over limit (0: none); returns that norm, ()."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    return float(nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+    if scale != 1:
+        torch._foreach_mul_([held(p.grad).tensor for p in parameters], 1 / scale)
+    norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def rescaled(state: dict, lost: bool) -> dict:
+    """Half the scale after gradients that were too large for float16, twice it after 2,000 steps without any
+    (Micikevicius et al. 2018, "Mixed precision training", §3.2)."""
+    if lost:
+        return {"scale": state["scale"] / 2, "good": 0}
+    good = (state["good"] + 1) % 2000
+    return {"scale": min(2.0**24, state["scale"] * (1 if good else 2)), "good": good}
 
 
 @torch.no_grad()
@@ -334,14 +394,17 @@ def evaluate(model: nn.Module, task: Task, world: World, dtype: torch.dtype, bat
 def measure(
     model: nn.Module, task: Task, world: World, dtype: torch.dtype, batch_size: int, limit: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """What metrics() needs the sums of, for each validation batch that is this rank's."""
+    """What metrics() needs the sums of, for each validation batch that is this rank's.
+
+    All compute equally many, as shares of a model are gathered for all; what is another's counts nothing.
+    """
     model.eval()
+    batches = task.validation(batch_size, limit)
     with progress_bar(desc="evaluating", leave=False, delay=2, disable=not world.main, unit="batch") as progress:
-        for i, batch in enumerate(task.validation(batch_size, limit)):
-            mine = i % world.size == world.rank
-            if not mine and i > 0:  # everybody computes the first: a rank without any still knows the sums' shapes
-                continue
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        while dealt := list(itertools.islice(batches, world.size)):
+            mine = world.rank < len(dealt)
+            batch = dealt[world.rank if mine else 0]
+            with autocast(world.device, dtype):
                 measured = task.measure(model, batch.to(world.device).inputs)
             counts = {f"count/{name}": count for name, count in batch.counts.items()} | {"bytes": batch.n_bytes}
             measured |= {name: torch.tensor(float(count)) for name, count in counts.items()}
@@ -365,7 +428,7 @@ def describe(figures: dict) -> str:
 
 def show_sample(model: nn.Module, task: Task, world: World, dtype: torch.dtype) -> None:
     model.eval()
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with autocast(world.device, dtype):
         text = task.sample(model)
     model.train()
     if text is not None:

@@ -1,4 +1,4 @@
-"""AdamW for vectors and embeddings, Muon for hidden matrices, and the shapes of the learning rate.
+"""What steps which parameter, AdamW or Muon, and the shapes of the learning rate.
 
 Each parameter group carries its own peak in "peak_lr"; the loop sets lr = peak_lr · schedule(step).
 """
@@ -7,10 +7,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mini.flags import Checked, option
 from mini.model.layers import Linear
+from mini.training.devices import World
+from mini.training.muon import Muon
 
 
 @dataclass
@@ -73,10 +75,10 @@ def roles(model: nn.Module) -> dict[str, str]:
     return {name: role(name, p) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, config: OptimConfig, world: World | None = None) -> list[torch.optim.Optimizer]:
     """AdamW alone, or Muon for the hidden matrices and AdamW for the rest.
 
-    Weight decay acts on matrices and embeddings, never on biases and norms.
+    Weight decay acts on matrices and embeddings, never on biases and norms. world: the processes that share the work.
     """
     muon = config.optimizer == "muon"
     embed_lr = config.embed_lr or (config.lr / 2 if muon else config.lr)
@@ -97,79 +99,7 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
         optimizers.append(torch.optim.AdamW(adamw, betas=(config.beta1, config.beta2), fused=True))
     if hidden:
         parts = {id(m.weight): m.parts for m in model.modules() if isinstance(m, Linear)}
-        optimizers.append(Muon(hidden, config.lr, config.momentum, config.weight_decay, config.turns, parts))
+        optimizers.append(Muon(hidden, config.lr, config.momentum, config.weight_decay, config.turns, parts, world))
     mine = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     assert sorted(mine) == sorted(id(p) for p in model.parameters() if p.requires_grad), "each parameter has one group"
     return optimizers
-
-
-def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
-    """Drives the singular values of each matrix of G (n, rows, cols) towards 1, keeping its singular vectors.
-
-    Newton-Schulz iteration X <- QX, Q = aI + bA + cA², A = XXᵀ; its coefficients trade exactness for speed: singular
-    values of 0.01 and more end between about 0.7 and 1.2 (Jordan et al. 2024, "Muon"; here they are scaled by ‖GGᵀ‖^½,
-    nearer to the largest of them than ‖G‖). Only A, of the smaller side m, and the product P of all Q are iterated,
-    A <- QAQ, for everything in it commutes; G is multiplied once, at the end. This asks for all bits of float32: small
-    singular values are squared in A.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    tall = G.size(-2) > G.size(-1)
-    G = G.float() / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    A = G.mT @ G if tall else G @ G.mT  # (n, m, m)
-    size = A.norm(dim=(-2, -1), keepdim=True) + 1e-14  # at least the largest singular value's square, to be 1
-    A, P = A / size, None
-    for i in range(steps):
-        Q = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        Q.diagonal(dim1=-2, dim2=-1).add_(a)
-        P = Q if P is None else Q @ P
-        A = Q @ A @ Q if i + 1 < steps else A
-    P = P / size.sqrt()
-    out = G @ P if tall else P @ G  # (n, rows, cols)
-    torch.set_float32_matmul_precision(precision)
-    return out
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: the step of every hidden matrix has full rank (Jordan et al. 2024).
-
-    Orthogonalising every matrix at every step would take a third of a float32 step on a CPU. So they take turns: each
-    is stepped once in `turns` steps, with so many times the rate; its momentum goes on all the time (docs/log.md).
-    Matrices of equal shape are orthogonalised as one batch: with small matrices the time goes into calls.
-    """
-
-    def __init__(self, params, lr: float, momentum: float, weight_decay: float, turns: int, parts: dict):
-        super().__init__(params, dict(lr=lr, peak_lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.turns = turns
-        self.parts = parts  # {id of a weight: the rows of each matrix in it}, such as those of Q, K and V
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            params = group["params"]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"momentum": torch.zeros_like(p), "step": torch.tensor(0)}
-            states = [self.state[p] for p in params]
-            learn = [p for p in params if p.grad is not None]
-            if learn:
-                momenta = [self.state[p]["momentum"] for p in learn]
-                torch._foreach_lerp_(momenta, [p.grad for p in learn], 1 - group["momentum"])
-            rate = min(group["lr"] * self.turns, 1e36)  # times a scale, still a number in float32
-            turn = int(states[0]["step"])  # all have counted as far
-            # Fused matrices are cut into their parts, each of which is orthogonalised alone; all are grouped by shape.
-            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for i, (p, state) in enumerate(zip(params, states, strict=True)):
-                state["step"] += 1
-                if (i + turn) % self.turns or p.grad is None:
-                    continue
-                update = torch.lerp(p.grad, state["momentum"], group["momentum"])  # Nesterov: look one step ahead
-                p.mul_(1 - rate * group["weight_decay"])
-                rows = self.parts.get(id(p), [p.size(0)])
-                for target, part in zip(p.split(rows), update.split(rows), strict=True):
-                    shapes.setdefault(part.shape, []).append((target, part))
-            for (rows, cols), pairs in shapes.items():
-                steps = orthogonalize(torch.stack([part for _, part in pairs]))  # (n, rows, cols)
-                scale = max(1.0, rows / cols) ** 0.5  # the same change of a unit input's norm for every shape
-                torch._foreach_add_([target for target, _ in pairs], list(steps.unbind()), alpha=-rate * scale)

@@ -135,8 +135,8 @@ def kept_best(tmp_path, command):
 def test_best_weights_are_those_that_were_measured(kept_best, command, monkeypatch):
     flags, whole, cut, result, kept = kept_best
 
-    def killed(folder, model, step):
-        checksum = kept(folder, model, step)
+    def killed(folder, model, step, world):
+        checksum = kept(folder, model, step, world)
         if step == 6:
             raise KeyboardInterrupt
         return checksum
@@ -161,9 +161,9 @@ def test_best_weights_do_not_pile_up(labelled, tmp_path, command, monkeypatch):
     flags += ["--checkpoint_every", 6, "--keep", 2, "--sample_every", 0, "--out", tmp_path / "run"]
     kept, most, n = checkpoints.keep_best, [], []
 
-    def counted(folder, model, step):
+    def counted(folder, model, step, world):
         n.append(step)
-        checksum = kept(folder, model, step)
+        checksum = kept(folder, model, step, world)
         most.append(len(list(folder.glob("best-*"))))
         return checksum
 

@@ -9,7 +9,7 @@ from mini import GPT, Bert, ModelConfig, load_run
 from mini.tasks.base import Batch, Task
 from mini.tasks.lm import LanguageModelling
 from mini.training.devices import World
-from mini.training.loop import Losses, backward
+from mini.training.loop import Losses, backward, count
 from mini.training.optim import OptimConfig, make_optimizers, roles
 
 SIZE = dict(n_layers=2, n_heads=2, d_model=16, max_len=8, vocab_size=20)
@@ -41,8 +41,10 @@ class Model(nn.Module):
 def gradient(model, task, batches):
     numbered = list(enumerate(batches))
     losses = Losses(model, task)
-    means, weights, n = backward(losses, task, model.loss_weights, numbered, torch.float32, World("cpu"))
-    return means, weights, n, float(model.w.grad)
+    world = World("cpu")
+    counts, n, _ = count(task, numbered, world)
+    sums, weights = backward(losses, task, model.loss_weights, numbered, counts, n, torch.float32, world)
+    return {name: float(x) / counts.get(name, n) for name, x in sums.items()}, weights, n, float(model.w.grad)
 
 
 def test_an_uncounted_loss_is_trained_too_over_the_real_tokens():

@@ -7,7 +7,8 @@ from torch import nn
 from mini import GPT, ModelConfig
 from mini.flags import field_names
 from mini.presets import PRESETS
-from mini.training.optim import Muon, OptimConfig, make_optimizers, orthogonalize, schedule
+from mini.training.muon import Muon, orthogonalize
+from mini.training.optim import OptimConfig, make_optimizers, schedule
 
 
 def test_cosine_and_warmup():

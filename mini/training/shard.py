@@ -1,0 +1,37 @@
+"""A model over several processes, each of which holds a share of every matrix's rows (ZeRO stage 3, Rajbhandari et al.
+2020; PyTorch's FSDP2): a block's parameters are whole where and while they are needed, its gradients only until summed.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from mini.training.devices import World
+
+
+def shard(losses_of: nn.Module, blocks: nn.ModuleList, world: World) -> None:
+    """Leaves in this process its rows of all parameters, on its device, as DTensors.
+
+    losses_of: the module whose forward pass a training calls; what is not in a block is whole all through it.
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(losses_of, mesh=mesh)
+    world.sharded = True
+
+
+@contextlib.contextmanager
+def whole(losses_of: nn.Module) -> Iterator[None]:
+    """While active, the model's parts may be called without losses_of: each process has what is not in a block."""
+    sharded = isinstance(losses_of, FSDPModule)
+    if sharded:
+        losses_of.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            losses_of.reshard()
