@@ -87,13 +87,13 @@ class Muon(torch.optim.Optimizer):
         if self.sharded:  # the rows of a matrix come from all processes, and go back to them
             rows = [[self.rows(rank, shapes[i]) for i in mine] for rank in range(self.size)]
             sizes = [[(b - a, shapes[i][1]) for i, (a, b) in zip(mine, of, strict=True)] for of in rows]
-            come = exchange([[updates[i] for i in those] for those in dealt], sizes)
+            come = exchange([[updates[i] for i in those] for those in dealt], sizes, updates[0])
             updates_here = [torch.cat(pieces) for pieces in zip(*come, strict=True)]
             steps = self.steps([params[i] for i in mine], updates_here)
             sent = [[step[a:b] for step, (a, b) in zip(steps, of, strict=True)] for of in rows]
         else:  # all have all updates, and want all steps
             sent = [self.steps([params[i] for i in mine], [updates[i] for i in mine])] * self.size
-        found = exchange(sent, [[updates[i].shape for i in those] for those in dealt])
+        found = exchange(sent, [[updates[i].shape for i in those] for those in dealt], updates[0])
         steps = {i: step for those, of in zip(dealt, found, strict=True) for i, step in zip(those, of, strict=True)}
         return [steps[i] for i in range(len(params))]
 
@@ -120,9 +120,9 @@ class Muon(torch.optim.Optimizer):
         return steps
 
 
-def exchange(sent: list[list[Tensor]], shapes: list[list[tuple]]) -> list[list[Tensor]]:
+def exchange(sent: list[list[Tensor]], shapes: list[list[tuple]], like: Tensor) -> list[list[Tensor]]:
     """sent[r] goes to process r. Returns what each process has sent here, which is of these shapes."""
-    flat = torch.cat([tensor.flatten() for to in sent for tensor in to])
+    flat = torch.cat([like.new_empty(0), *(tensor.flatten() for to in sent for tensor in to)])
     sizes = [sum(map(math.prod, those)) for those in shapes]
     found = flat.new_empty(sum(sizes))
     dist.all_to_all_single(found, flat, sizes, [sum(tensor.numel() for tensor in to) for to in sent])
