@@ -54,7 +54,8 @@ def read_compression(
     defaults |= other_optimizer(argv, defaults, pretrains, lr_share)
     defaults = {f: v for f, v in defaults.items() if f not in field_names(recipe)}
     classes = [CompressOptions, recipe, *map(type, parts)]
-    (options, chosen, *parts), given = parse_flags(argv, classes, description, **defaults)
+    defaults["shard"] = False  # masks and int8 layers look at whole matrices
+    (options, chosen, *parts), given = parse_flags(argv, classes, description, without={"shard"}, **defaults)
     if source != options.run:
         raise UserError(f"the run comes first: {sys.argv[0]} {options.run} ...")
     if not options.out:

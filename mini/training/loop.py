@@ -91,6 +91,7 @@ class TrainConfig(Checked):
         return max(1, round(self.tokens / (self.batch_size * T) if self.tokens else self.flops / work))
 
 
+FIRST_SCALE = 2.0**16  # of the losses in float16
 RESERVED = {"step", "loss", "lr", "grad_norm", "tokens_per_s", "mfu"}  # names in metrics.jsonl that no loss may have
 
 
@@ -131,7 +132,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     model.freeze_unused()
     losses_of: nn.Module = Losses(model, objective)
     if options.shard and world.size > 1:
-        shard(losses_of, model.stack.blocks, world)
+        shard(losses_of, model.stack.blocks, dtype, world)
     model.to(world.device)
     # In fewer steps than there are turns, each matrix has its turn all the same.
     optimizers = make_optimizers(model, replace(optim, turns=min(optim.turns, max(1, steps))), world)
@@ -139,7 +140,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     if state["step"] > steps:
         raise UserError(f"{folder}: its checkpoint is of step {state['step']:,}, and the run has {steps:,}")
     if dtype == torch.float16 and not state["step"]:
-        state["scale"] = 2.0**16
+        state["scale"] = FIRST_SCALE
 
     # On CPUs compiled code adds in an order that varies with several threads: runs would not repeat to the bit.
     wanted = options.compile == "true" or (options.compile == "auto" and objective.fixed_shape and world.on_gpu)
@@ -200,7 +201,13 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
 
             evaluating = last or falls_on(done, eval_every)
             if evaluating or falls_on(done, options.log_every):
-                row = {"step": done, "loss": loss, "lr": optim.lr * share, "grad_norm": norm, **speed.since_last(state)}
+                row = {
+                    "step": done,
+                    "loss": loss,
+                    "lr": optim.lr * share,
+                    "grad_norm": None if lost else norm,
+                    **speed.since_last(state),
+                }
                 if len(losses) > 1:
                     row |= losses
                 postfix = f"loss {loss:.3f}, lr {row['lr']:.2g}, {row['tokens_per_s']:,.0f} tokens/s"

@@ -41,7 +41,7 @@ from mini.training.optim import OptimConfig
 from mini.training.part import PartConfig
 
 MODELS: dict[str, type[Model]] = {"gpt": GPT, "bert": Bert}
-FORMAT = 4  # of older ones finished runs open, but one that is not finished cannot go on, as training has changed
+FORMAT = 5  # of older ones finished runs open, but one that is not finished cannot go on, as training has changed
 BEGUN = r"tokenizer\.(json|tiktoken)|vocab\.txt"  # what is there before config.json
 RUN_FILES = re.compile(  # and folders, of which a run consists
     BEGUN + r"|(config|result)\.json|metrics\.jsonl|loss\.png|checkpoints|(model|best(-\d+)?)\.safetensors"

@@ -5,21 +5,24 @@
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from mini.training.devices import World
 
 
-def shard(losses_of: nn.Module, blocks: nn.ModuleList, world: World) -> None:
-    """Leaves in this process its rows of all parameters, on its device, as DTensors.
+def shard(losses_of: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype, world: World) -> None:
+    """Leaves in this process its rows of all parameters, on its device, as DTensors of float32.
 
     losses_of: the module whose forward pass a training calls; what is not in a block is whole all through it.
+    dtype: of matrix products, in which blocks are gathered: half the bytes, and no copy for autocast to keep.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(losses_of, mesh=mesh)
     world.sharded = True
 

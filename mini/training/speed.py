@@ -15,7 +15,8 @@ from mini.training.devices import World
 @functools.cache  # once for a process, which may train several times
 def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
     """FLOP/s of a large square matrix product on this very device: the peak that utilisation is held against."""
-    size = size or (8192 if device.type == "cuda" else 2048)
+    # Where a CPU has no float16 units, a large product would take minutes.
+    size = size or (8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 2048)
     a = torch.randn(size, size, device=device, dtype=dtype)
     times = call_times(lambda: a @ a, 7, device)[2:]  # the first two warm up
     return 2 * size**3 / statistics.median(times)

@@ -97,6 +97,10 @@ def read_settings(argv: list[str], description: str, kind: str, presets: dict, f
         raise UserError("--steps 0: must be at least 1")
     if init := settings.job.init:
         open_init(settings, init)
+        if settings.train.shard and (settings.part.lora_rank or settings.quant or sparse.masks_of(settings.source)):
+            raise UserError(
+                "--shard: adapters, and weights that are pruned or int8, are not cut into shares; leave it out"
+            )
     return settings
 
 
@@ -289,8 +293,9 @@ def train_run(
             result = train(model, task, s.train, s.optim, out, world, objective, methods, test)
         if world.main:
             print("\n" + epilogue(task, result))
-            model, _ = runs.load_run(out, world.device)
-            if sample := task.sample(model):
+            # What was sharded may be too large for one process.
+            sample = None if world.sharded else task.sample(runs.load_run(out, world.device)[0])
+            if sample:
                 print("\nA sample:\n" + "\n".join("    " + line for line in sample.splitlines()))
             if task.command:
                 words = " ".join(shlex.quote(word) for word in (task.command, str(out), *task.example()))

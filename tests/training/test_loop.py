@@ -19,9 +19,10 @@ from conftest import TINY, Forked, command_line, environment, last_json, lm_loss
 from mini import load_run
 from mini.errors import UserError
 from mini.tensors import load_tensors
+from mini.training import checkpoints, loop
 from mini.training.checkpoints import newest_checkpoint
 from mini.training.devices import World
-from mini.training.loop import TrainConfig, is_better
+from mini.training.loop import TrainConfig, is_better, rescaled
 from mini.training.start import open_run, open_task
 
 QUICK = [*TINY, "--sample_every", 0, "--eval_every", 0, "--log_every", 1]
@@ -206,6 +207,66 @@ def test_compiled_training_gives_the_same_losses(text_file, tmp_path, command):
         pytest.skip("no compiler")
     eager, compiled = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("eager", "compiled"))
     assert eager == pytest.approx(compiled, rel=1e-3)
+
+
+def test_float16_resumes_to_the_bit(text_file, tmp_path, command, monkeypatch):
+    """And steps whose gradients it cannot hold are left out, with half the scale from then on."""
+    scales = []
+    monkeypatch.setattr(loop, "rescaled", lambda state, lost: scales.append(state["scale"]) or rescaled(state, lost))
+    monkeypatch.setattr(loop, "FIRST_SCALE", 2.0**24)
+    small = ["--d_model", 8, "--max_len", 4, "--n_layers", 1, "--batch_size", 1]  # CPUs are slow at it
+    few = [*small, "--valid_fraction", 0.001, "--steps", 20, "--checkpoint_every", 8]
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--dtype", "float16", *few]
+    result = last_json(command(*flags, "--out", tmp_path / "whole"))
+    norms = [row["grad_norm"] for row in metrics(tmp_path / "whole")]
+    assert result["dtype"] == "float16" and None in norms and norms[-1] is not None
+    assert scales == sorted(scales, reverse=True) and scales[-1] < 2.0**24
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for name in ("model.safetensors", "result.json", "checkpoints/step-00000016/state.json"):
+        (tmp_path / "run" / name).unlink()
+    command(*flags, "--out", tmp_path / "run")
+    assert weights_of(tmp_path / "run") == weights_of(tmp_path / "whole")
+
+
+def test_the_scale_of_float16():
+    state = {"scale": 4.0, "good": 1999}
+    assert rescaled(state, False) == {"scale": 8.0, "good": 0}
+    assert rescaled(state, True) == {"scale": 2.0, "good": 0}
+    assert rescaled({"scale": 4.0, "good": 7}, False) == {"scale": 4.0, "good": 8}
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(text_file, tmp_path, command, monkeypatch):
+    """Though it is written beside the training: what is wrong is said, and nothing half-written stays."""
+
+    def full(path, tensors, lead=True):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoints, "write_tensors", full)
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 6, "--checkpoint_every", 2]
+    done = command(*flags, "--out", tmp_path / "run", status=2)
+    assert "No space left" in done.stderr and done.stderr.count("error: ") == 1
+    assert not list((tmp_path / "run" / "checkpoints").iterdir()) and not (tmp_path / "run" / "result.json").exists()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(text_file, tmp_path, command, monkeypatch):
+    """And what is written is of the step that it is named after."""
+    log, write = tmp_path / "run" / "metrics.jsonl", checkpoints.write_tensors
+
+    def slow(path, tensors, lead=True):
+        for _ in range(1000):  # until the next step is logged
+            if "step-00000002" not in str(path) or '"step": 3' in log.read_text():
+                break
+            time.sleep(0.01)
+        write(path, tensors, lead)
+
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 5, "--checkpoint_every", 2, "--keep", 5]
+    command(*flags, "--out", tmp_path / "before")
+    monkeypatch.setattr(checkpoints, "write_tensors", slow)
+    command(*flags, "--out", tmp_path / "run")
+    for step in (2, 4):
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            a, b = (tmp_path / run / "checkpoints" / f"step-0000000{step}" / name for run in ("before", "run"))
+            assert a.read_bytes() == b.read_bytes()
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(text_file, tmp_path, cache):
