@@ -20,6 +20,7 @@ from mini.compression import rewrite as rewriting
 from mini.flags import Checked, UserError, dispatch, of_type, option, parse_flags, peek, run_command
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
+from mini.plan import plan
 from mini.presets import BERT
 from mini.storage import atomic_file, write_text
 from mini.tasks import TASKS, qa
@@ -416,6 +417,7 @@ COMMANDS = {
     "evaluate": (evaluate, "judge a run on files that it has not seen"),
     "ablate": (ablate, "train arms with several seeds, and tell which differences are real"),
     "bench": (bench, "measure training and generation on this machine"),
+    "plan": (plan, "say beforehand what a training takes on so many GPUs"),
 }
 
 
