@@ -16,12 +16,12 @@ from tqdm import tqdm
 from mini import ablate as ablations
 from mini import bench as benchmarks
 from mini import evaluate as judging
+from mini import plan as planning
 from mini.compression import rewrite as rewriting
 from mini.flags import Checked, UserError, dispatch, of_type, option, parse_flags, peek, run_command
 from mini.model.config import ModelConfig
 from mini.model.transformer import Model
-from mini.plan import plan
-from mini.presets import BERT
+from mini.presets import BERT, BERT_PRESETS, GPT_PRESETS
 from mini.storage import atomic_file, write_text
 from mini.tasks import TASKS, qa
 from mini.tasks.classify import ClassifyConfig
@@ -30,7 +30,7 @@ from mini.tasks.masked import show_token
 from mini.tensors import all_finite
 from mini.text.corpus import DataConfig
 from mini.text.rows import read_rows, text_columns
-from mini.text.tokenizer import Tokenizer
+from mini.text.tokenizer import ByteTokenizer, Tokenizer
 from mini.text.tokens import is_token_folder, open_tokens, ready_tokenizer, source_name, write_token_folder
 from mini.text.words import NORMALIZATIONS, normalize, parse_steps
 from mini.training.checkpoints import read_result
@@ -406,6 +406,18 @@ def evaluate(argv: list[str]) -> None:
     judging.evaluate(options)
 
 
+def plan(argv: list[str]) -> None:
+    words = [word.partition("=") for word in argv]  # --gpu-memory is --gpu_memory
+    argv = [w[:2] + w[2:].replace("-", "_") + eq + value if w[:2] == "--" else w + eq + value for w, eq, value in words]
+    presets = GPT_PRESETS | BERT_PRESETS
+    of_bytes = presets.get(peek(argv, "preset", ""), {}).get("tokenizer") == "bytes"
+    defaults = {"vocab_size": ByteTokenizer().vocab_size} if of_bytes else {}
+    classes = [planning.PlanOptions, ModelConfig, planning.OptimConfig, planning.TrainConfig, planning.MLMConfig]
+    said, without = planning.PlanOptions.__doc__, planning.NO_FLAGS
+    (options, config, optim, loop, mlm), given = parse_flags(argv, classes, said, presets, without, **defaults)
+    planning.plan(options, config, optim, loop, mlm, given)
+
+
 COMMANDS = {
     "sample": (sample, "continue a prompt with a GPT"),
     "fill": (fill, "fill [MASK] in a text with a BERT"),
@@ -416,8 +428,8 @@ COMMANDS = {
     "tokens": (tokens, "text -> token folder"),
     "evaluate": (evaluate, "judge a run on files that it has not seen"),
     "ablate": (ablate, "train arms with several seeds, and tell which differences are real"),
+    "plan": (plan, "what a training will take of GPUs: memory, link, time"),
     "bench": (bench, "measure training and generation on this machine"),
-    "plan": (plan, "say beforehand what a training takes on so many GPUs"),
 }
 
 

@@ -1,260 +1,248 @@
-"""What a training will take: bytes on each GPU, bytes on the link, seconds, and what it waits for; nothing is trained.
+"""What a training takes of each GPU's memory and arithmetic and of the link between them, before it is begun.
 
-All of it follows from the model's own counts. Bytes are what autograd keeps without torch.compile, which saves some of
-them; beside them a GPU holds a context, NCCL's buffers, and gaps between its blocks of memory: 1 to 3 GB. Evaluations,
-which hold the logits of one micro-batch, are not counted.
-
-Shapes: B sequences of a micro-batch, T time, N = B T, C channels, H heads, K key/value heads, D head size, F width of
-the MLP, R rows of the vocabulary's matrix. low: bytes of a number in a matrix product (the residual stream has 4).
+All is counted from the model that the flags describe (on PyTorch's meta device, which stores nothing) and from what
+loop.py does with it. Letters as in transformer.py; a: bytes of an activation, 4 or 2. Activations are those of eager
+PyTorch, of which torch.compile keeps fewer. Not counted, but left room for by --spare: CUDA's context, gaps of the
+allocator, buffers of communication. Not counted either: time that is neither matrix products nor link.
 """
 
 import itertools
 import json
-import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from mini.flags import Checked, UserError, field_names, option, parse_flags, peek
+from mini.flags import Checked, UserError, option
 from mini.model.attention import BLOCK, View
+from mini.model.bert import Bert
 from mini.model.config import ModelConfig
+from mini.model.gpt import GPT
 from mini.model.layers import Linear
 from mini.model.scores import ROWS
 from mini.model.transformer import Model
-from mini.presets import BERT_PRESETS, GPT_PRESETS
-from mini.tasks import TASKS
-from mini.tasks.base import Task
 from mini.tasks.masked import MLMConfig
-from mini.text.tokenizer import ByteTokenizer
 from mini.training.loop import TrainConfig, micro_batch_size
-from mini.training.optim import OptimConfig
-from mini.training.runs import MODELS
+from mini.training.optim import OptimConfig, roles
 
-FLAGS = {"batch_size", "accumulation", "steps", "tokens", "dtype", "device", "checkpoint_activations", "optimizer",
-         "turns", "nsp", "mask_rate"}  # of a training, what costs something # fmt: skip
+MASKED = {"mask_rate", "nsp"}
+FLAGS = {"batch_size", "accumulation", "checkpoint_activations", "shard", "steps", "tokens", "optimizer",
+         "turns"} | MASKED  # fmt: skip
 
 
 @dataclass
 class PlanOptions(Checked):
-    """Say what a training takes on so many GPUs, before it is begun: memory, time, and what it waits for."""
+    """Count what a training takes of each GPU and of the link between them. Nothing is trained."""
 
-    gpus: int = option(1, "ranks, each on a GPU", low=1)
+    gpus: int = option(1, "GPUs, each with a process", low=1, high=10**6)
     gpu_memory: float = option(80e9, "bytes of each", low=1)
-    gpu_flops: float = option(312e12, "per second, of each, in --dtype, as its data sheet says", low=1)
-    exact_flops: float = option(0.0, "in all bits of float32, as Muon iterates; 0: gpu_flops / 15 (A100, H100)", low=0)
-    utilisation: float = option(0.4, "share of these that a training reaches", low=1e-6, high=1)
-    link: float = option(25e9, "bytes per second that each GPU sends to others", low=1)
-    shard: bool = option(False, "FSDP2: each rank holds its share of weights, gradients and optimizer state")
+    gpu_flops: float = option(400e12, "FLOP/s of each in matrix products of --dtype, by its data sheet", low=1)
+    gpu_flops32: float = option(0.0, "the same in full float32, which Muon asks for; 0: gpu_flops / 16", low=0)
+    link: float = option(25e9, "bytes/s that each sends and at the same time receives", low=1)
+    utilisation: float = option(0.4, "share of those FLOP/s that a training reaches", low=0.001, high=1)
+    spare: float = option(0.1, "share of the memory that is left to what is not counted", low=0, high=0.99)
+    dtype: str = option("bfloat16", "of matrix products", ("bfloat16", "float16", "float32"))
+    device: str = option("cuda", "whose ways of attention, norms and dropout", ("cuda", "cpu"))
 
 
-def block_bytes(c: ModelConfig, layer: int, B: int, T: int, low: int, cpu: bool) -> float:
-    """What the backward pass of a block needs of its forward pass, beside the weights. cpu: as CPUs compute it."""
-    C, D, H, F = c.d_model, c.head_size, c.layers("n_heads")[layer], c.layers("d_ff")[layer]
-    K, dropout, turned = c.n_kv_heads or H, c.dropout > 0, c.qk_norm or c.positions == "rope"
-    view = View(c.causal, None, c.layers("window")[layer], c.n_global)
-    near = c.attention != "reference" and view.pays_in_blocks(T, T)  # keys and values are copied for each block
-    keys = (1 + sum(view.neighbours)) * BLOCK + c.n_global if near else T
-    faster = cpu and low < 4 and (BLOCK * keys if near else T * T) <= 512 * 512 and (near or c.attention == "auto")
-    written = c.attention == "reference" or faster or (cpu and dropout)  # that has no fused call on CPUs
-
-    norms = 1 if c.embed_norm and layer == 0 else 2
-    total = norms * (4 * C + 8 if c.norm == "layernorm" else (8 if cpu else 4) * C + 4)  # input, statistics
-    total += low * (C + H * D + C + F)  # inputs of qkv, out (which attention shares), up and down
-    # The function's input; with a gate that, the function and what it multiplies, and in short another copy of x.
-    total += low * (3 * F + C * (low < 4) if c.gated else F)
-    total += 2 * C * (low if cpu else 1) * dropout
-    if c.qk_norm:
-        total += 4 * (H + K) + 4 * (H + K) * D * (low < 4)  # statistics, and the input in float32
-    if (c.qk_norm and low == 4) or not (near or written or (turned and (K < H or c.value_embeddings))):
-        total += low * (H + 2 * K) * D  # what qkv gave, of which something is a view
-    if near or written:
-        total += low * H * D * (1 + 2 * (keys / BLOCK if near else 1))  # copies of q, k and v
-    else:
-        total += low * (H + K) * D * turned + low * (2 * H * D if K < H else K * D * c.value_embeddings)
-    if near and c.n_global:  # whose queries look at all keys
-        total += low * H * D * 2 if written else low * ((H + K) * D * turned + 2 * (H + K) * D)
-    if written:  # the scores' softmax, which autocast has in float32 on GPUs; with dropout that, and what is left
-        total += H * keys * (low * (3 if dropout else 1) if cpu else 4 + low * (low < 4 or dropout) + dropout)
-    else:  # log-sums; the mask where one is held
-        total += 4 * H + (4 if cpu else low) * (keys if near else view.is_local(T) * T / B)
-    return B * T * total
+NO_FLAGS = {f.name for cls in (TrainConfig, OptimConfig, MLMConfig) for f in fields(cls)} - FLAGS
+NO_FLAGS -= {f.name for f in fields(PlanOptions)}
 
 
-def head_bytes(c: ModelConfig, rows: int, low: int, in_parts: bool) -> float:
-    """The most that the loss of so many tokens over the vocabulary takes at one time; in_parts: as LossInParts does."""
-    table = c.n_rows * c.d_model
-    states, short = 8 * rows * c.d_model, low * table * (low < 4)  # and their gradients; the matrix in autocast's dtype
-    if not in_parts:  # log-softmax, its gradient and that of the scores
-        return states + short + (12 + low * (c.logit_softcap > 0)) * rows * c.n_rows
-    scores = min(ROWS, rows) * c.n_rows
-    forward = short + max((20 if c.logit_softcap else 12 if low == 4 else 14) * scores, 8 * scores + low * table)
-    return states + 4 * table + max(forward, 4 * table)  # the matrix's gradient is there at once, and scaled later
+# ---------------------------------------------------------------- what autograd keeps until the backward pass
+def norm_bytes(c: ModelConfig, cpu: bool) -> int:
+    """For a token: the input and its statistics; on a CPU also what RMSNorm multiplies by its scale."""
+    return 4 * c.d_model + 8 if c.norm == "layernorm" else 4 * c.d_model * (2 if cpu else 1) + 4
 
 
-def sizes(model: Model, optim: OptimConfig) -> SimpleNamespace:
-    """Numbers of parameters: all, that learn, of all blocks, of the largest; and (rows, columns) of Muon's matrices."""
+def attention_bytes(c: ModelConfig, layer: int, T: int, a: int, cpu: bool) -> float:
+    """For a token: what lies between the input of qkv and that of out, which is included."""
+    H, D = c.layers("n_heads")[layer], c.head_size
+    K = c.n_kv_heads or H
+    qk, qkv = (H + K) * D, (H + 2 * K) * D
+    view = View(c.causal, window=c.layers("window")[layer], n_global=c.n_global)
+    local = c.attention != "reference" and view.pays_in_blocks(T, T)
+    S = view.n_global + (1 + sum(view.neighbours)) * BLOCK if local else T  # keys that a query is held against
+    queries, copies = (BLOCK, S / BLOCK) if local else (T, 1)  # in blocks, each key is there several times
+    faster = cpu and a == 2 and queries * S <= 512 * 512 and (local or c.attention == "auto")
+    kept = (4 * (qk if a == 2 else qkv) + 4 * (H + K)) * c.qk_norm  # its input, in float32
+    if faster or c.attention == "reference" or (cpu and c.dropout):  # written out: q, k, v, output; what has S columns:
+        score = (a if cpu or a == 4 else 4 + a) + (2 * a if cpu else 5 if a == 4 else 1) * bool(c.dropout)
+        return kept + (2 + 2 * copies) * H * D * a + H * S * score
+    kept += H * D * a + 4 * H  # the output, and the logarithm of each row's sum
+    if local:
+        return kept + (1 + 2 * copies) * H * D * a + S * a  # q, k, v and the mask
+    treated = c.qk_norm or c.positions == "rope"
+    sliced = not treated or (K == H and not c.value_embeddings)  # a slice of what qkv gave is kept, and so all of it
+    kept += qkv * a * (sliced and not (c.qk_norm and a == 4)) + qk * a * treated
+    return kept + (2 * H * D if K < H else K * D * c.value_embeddings) * a
+
+
+def block_bytes(c: ModelConfig, layer: int, B: int, T: int, a: int, cpu: bool) -> float:
+    """For a micro-batch and a block: activations, without weights and without copies of them."""
+    C, d_ff = c.d_model, c.layers("d_ff")[layer]
+    token = norm_bytes(c, cpu) * (1 if c.embed_norm and layer == 0 else 2) + attention_bytes(c, layer, T, a, cpu)
+    token += C * a * (3 if c.gated and a == 2 else 2)  # inputs of qkv, up, gate; autocast copies those of both
+    token += d_ff * a * (4 if c.gated else 2)  # inputs and output of the activation, of its product with the gate
+    token += 2 * C * (a if cpu else 1) * bool(c.dropout)  # masks
+    return B * T * token
+
+
+def ends_bytes(c: ModelConfig, B: int, T: int, predicted: float, a: int, cpu: bool) -> float:
+    """For a micro-batch: norms and dropout of the stack itself, its output, and what BERT's head does with that."""
+    token = norm_bytes(c, cpu) * (2 if c.embed_norm else 1) + 4 * c.d_model
+    token += c.d_model * (4 if cpu else 1) * bool(c.dropout)
+    return B * T * (token + c.mlm * predicted * (c.d_model * (2 * a + 4) + norm_bytes(c, cpu)))
+
+
+def loss_bytes(c: ModelConfig, rows: int, tokens: float, a: int) -> float:
+    """LossInParts: the gradients of weight and states, and beside them W, a product and ROWS scores, or both anew."""
+    weight, states, short, cap = rows * c.d_model, 4 * tokens * c.d_model, a if a == 2 else 0, bool(c.logit_softcap)
+    score = a + 4 * bool(short or cap) + 4 + max(short + a, 8 * cap)  # scores, logits, slope, copies of it
+    return 4 * weight + states + max(weight * (short + a) + min(ROWS, tokens) * rows * score, 4 * weight + states)
+
+
+# ---------------------------------------------------------------- memory, arithmetic, link
+def sizes(model: Model) -> tuple[int, int, list[int], nn.Linear]:
+    """(parameters that learn, those of them that are hidden matrices, those of each block, the vocabulary's head)."""
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    hidden = sum(model.get_parameter(name).numel() for name, role in roles(model).items() if role == "hidden")
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.stack.blocks]
-    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    linear = [m for m in model.stack.blocks.modules() if isinstance(m, Linear)]
-    muon = [(rows, m.in_features) for m in linear for rows in m.parts] if optim.optimizer == "muon" else []
-    total = sum(p.numel() for p in model.parameters())
-    return SimpleNamespace(total=total, learn=learn, blocks=sum(blocks), block=max(blocks), muon=muon,
-                           hidden=sum(a * b for a, b in muon))  # fmt: skip
+    return total, hidden, blocks, model.head if model.config.causal else model.mlm.decoder
 
 
-def memory(options: PlanOptions, model: Model, train: TrainConfig, optim: OptimConfig, task: Task) -> dict:
-    """Bytes on each GPU by what they are for, and "peak", the most at one time: they are not there all at once."""
-    c, T, n, size = model.config, model.config.max_len, options.gpus, sizes(model, optim)
-    B, low, cpu = micro_batch_size(train, ranks(n)), 4 if train.dtype == "float32" else 2, train.device == "cpu"
-    N, C, share = B * T, c.d_model, n if options.shard else 1
-    held = {
-        "parameters": 4 * size.total / share,
-        "optimizer": 4 * (2 * size.learn - size.hidden) / share,  # AdamW's two moments, Muon's one
-        "buckets": 4 * size.learn * (n > 1 and not options.shard),  # DDP's own, beside the gradients
+def memory(model: Model, o: PlanOptions, train: TrainConfig, optim: OptimConfig, predicted: float) -> dict[str, dict]:
+    """{moment of a step: {what: bytes of a GPU}}. Parameters, their gradients and optimizer state are float32."""
+    c, T, n, cpu, again = model.config, model.config.max_len, o.gpus, o.device == "cpu", train.checkpoint_activations
+    B, a, s = train.batch_size // (n * train.accumulation), 4 if o.dtype == "float32" else 2, n if train.shard else 1
+    P, hidden, blocks, head = sizes(model)
+    muon, table, largest = hidden * (optim.optimizer == "muon"), 4 * head.weight.numel(), max(blocks)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    casts = 2 * sum(p.numel() for m in linear for p in m.parameters()) if a == 2 else 0  # autocast's, for both passes,
+    casts *= not train.shard  # which gathers blocks in what they are multiplied in
+    layers = [block_bytes(c, layer, B, T, a, cpu) for layer in range(c.n_layers)]
+    slopes = B * T * ((4 + a) * c.d_model + 2 * a * max(c.layers("d_ff")))  # gradients by what is kept of a block
+    kept = ends_bytes(c, B, T, predicted, a, cpu) + (4 * B * T * c.d_model * c.n_layers if again else sum(layers))
+    stays = train.accumulation > 1 or (n > 1 and not train.shard)  # gradients, through the next forward pass: DDP's do
+    first = 4 * P / s if stays else 0 if train.shard else table + 4 * blocks[-1]
+    root, group = 4 * (P - sum(blocks)), (3 * a + 4) * largest  # all but blocks; two blocks, a gradient, what is sent
+    share = (
+        4 * muon / optim.turns * (1 / s + 3 / n + (n > 1) / s)
+    )  # whose turn it is: updates, own work and steps, others'
+    loss = loss_bytes(c, len(head.weight), B * T * predicted, a)
+    judged = min(ROWS, B * T) if c.causal else B * T * predicted  # whose logits are there at once
+    whole = judged * len(head.weight) * (12 if c.logit_softcap else 8 + 2 * (a == 2))
+    always = {"parameters": 4 * P / s, "optimizer state": (8 * P - 4 * muon) / s}
+    names = "gradients", "activations", "copies of weights", "logits and others", "unsharded"
+    moments = {
+        "the loss": (4 * P / s * stays, kept, casts, loss, root),
+        "the first gradients": (first, kept + slopes + max(layers) * again, casts, 0, root + group + table),
+        "the last gradients": (4 * P / s, max(layers) + slopes, 0, table * (stays or c.tied), 2 * root + group),
+        "the optimizer": (4 * P / s, 0, 0, share, 0),
+        "an evaluation": (4 * P * (n > 1 and not train.shard), 0, casts, whole, root + group),
     }
-    gradients = 4 * size.learn / share
-    # Whole groups under FSDP2: all but the blocks, and of these one and the next. Its gradients are as large.
-    gathered = 4 * (size.total - size.blocks + 2 * size.block) * options.shard
-    unreduced = gathered or 4 * c.n_rows * C  # gradients not shared out yet; the second of a tied table, not added yet
-    vocabulary = model.vocabulary_weights()
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight not in vocabulary]
-    copies = low * sum(map(torch.numel, linear)) * (low < 4)  # autocast's, which are whole on each rank
-
-    blocks = [block_bytes(c, layer, B, T, low, cpu) for layer in range(c.n_layers)]
-    edges = N * ((8 if c.norm == "rmsnorm" and cpu else 4) * C + 8 + C * (4 if cpu else 1) * (c.dropout > 0))
-    kept, again = sum(blocks), copies
-    if train.checkpoint_activations:  # each block's input, and all of one block, which has its input already
-        kept, again = 4 * N * C * c.n_layers, max(blocks) - 4 * N * C + copies / c.n_layers
-    # Gradients on their way through an MLP, of whose tensors one is free by then.
-    passing = N * (low * max(c.layers("d_ff")) * (1 if c.activation.startswith("gelu") else 2) + 8 * C)
-    logits = head_bytes(c, round(N * task.predicted), low, task.in_parts)
-    # Muon: the updates; those of one shape again, with A, P and products; and what ranks send each other.
-    alike = [size.muon.count((a, b)) * (a * b + 5 * min(a, b) ** 2) for a, b in set(size.muon)]
-    muon = 4 * ((size.hidden + max(alike, default=0)) / n + size.hidden * (n > 1)) / optim.turns
-    earlier = gradients * (train.accumulation > 1)  # of the micro-batches before
-    times = {
-        "loss": gathered + earlier + copies + kept + edges + logits,
-        "backward": gathered + earlier + again + kept + edges + passing + unreduced,
-        "gradients": gathered + gradients + unreduced,
-        "optimizer": gradients + muon,
-    }
-    at = max(times, key=times.get)
-    rest = dict(gradients=gradients, whole_groups=2 * gathered, copies=copies, activations=kept + edges, logits=logits)
-    return {**held, **rest, "muon": muon, "peak": sum(held.values()) + times[at], "peak_at": at}
-
-
-def seconds(options: PlanOptions, model: Model, train: TrainConfig, optim: OptimConfig, task: Task) -> dict:
-    """FLOPs of a step on all GPUs, bytes that each of them sends, and seconds.
-
-    Backward is twice forward (Kaplan et al. 2020). DDP's exchange overlaps with the last backward pass of a step, each
-    of FSDP2's with its pass, Muon's with nothing.
-    """
-    T, n, parts, size = model.config.max_len, options.gpus, train.accumulation, sizes(model, optim)
-    N = micro_batch_size(train, ranks(n)) * T
-    forward = N * model.flops(T, task.predicted)  # of a micro-batch
-    backward = 2 * forward + N * model.stack.flops(T) * train.checkpoint_activations
-    # orthogonalize(): A = XXᵀ and PX; of m x m matrices five squares, and but once PQ and QAQ.
-    muon = sum(4 * min(s) ** 2 * max(s) + 2 * (5 + 4 + 8) * min(s) ** 3 for s in size.muon) / optim.turns
-    gather = 4 * (n - 1) / n  # bytes sent for each number that all have in the end, or that is summed up for one
-    ahead, behind = (size.total, size.blocks + size.learn) if options.shard else (0, 2 * size.learn)
-    ahead, behind, shared = gather * ahead, gather * behind, gather * size.hidden / optim.turns
-    sent = (ahead + behind) * (parts if options.shard else 1) + shared
-
-    speed, exact = (options.utilisation * x for x in (options.gpu_flops, options.exact_flops or options.gpu_flops / 15))
-    there, back, link = forward / speed, backward / speed, options.link
-    last = max(there, ahead / link) + max(back, behind / link)
-    step = parts * last if options.shard else (parts - 1) * (there + back) + last
     return {
-        "flops": n * parts * (forward + backward) + muon, "muon_flops": muon, "bytes_sent": sent,
-        "arithmetic_s": parts * (there + back) + muon / n / exact, "link_s": sent / link,
-        "step_s": step + muon / n / exact + shared / link,
+        moment: always | dict(zip(names, (*found, unsharded * train.shard), strict=True))
+        for moment, (*found, unsharded) in moments.items()
+    }
+
+
+def muon_flops(model: Model) -> float:
+    """Of orthogonalize(), once for each matrix of sides m <= l: XXᵀ and PX, and in five steps 17 products m x m x m."""
+    shapes = [(rows, m.in_features) for m in model.stack.blocks.modules() if isinstance(m, Linear) for rows in m.parts]
+    return float(sum(4 * min(s) ** 2 * max(s) + 34 * min(s) ** 3 for s in shapes))
+
+
+def work(model: Model, o: PlanOptions, train: TrainConfig, optim: OptimConfig, predicted: float) -> dict[str, float]:
+    """A GPU's FLOPs, bytes sent and seconds of a step.
+
+    DDP exchanges gradients during the last backward pass, FSDP blocks and their gradients during all passes; Muon's
+    results go when all else is done.
+    """
+    T, n, turn = model.config.max_len, o.gpus, (optim.optimizer == "muon") / optim.turns
+    P, hidden, blocks, _ = sizes(model)
+    tokens, share = T * train.batch_size // n, 4 * (n - 1) / n  # of a step; bytes that are sent of a parameter
+    forward = model.flops(T, predicted) * tokens
+    backward = 2 * forward + model.stack.flops(T) * tokens * train.checkpoint_activations
+    flops, own = forward + backward, muon_flops(model) * turn / n
+    if train.shard:  # for each micro-batch all-gathers, of blocks twice, and reduce-scatter; matrices there and back
+        low = 1 if o.dtype == "float32" else 0.5  # of the bytes, in gathering blocks
+        gathered = 2 * P - sum(blocks) + 2 * low * sum(blocks)
+        sent, apart, beside = share * train.accumulation * gathered, share * 2 * hidden * turn / n, flops
+    else:  # all-reduce; all-gather of matrices
+        sent, apart, beside = share * 2 * P, share * hidden * turn, backward / train.accumulation
+    rate = o.gpu_flops * o.utilisation
+    alone = own / (o.utilisation * (o.gpu_flops32 or o.gpu_flops / 16)) + apart / o.link
+    return {
+        "flops": flops + own, "bytes_sent": sent + apart, "link_seconds": (sent + apart) / o.link,
+        "arithmetic_seconds": flops / rate + alone - apart / o.link,
+        "step_seconds": (flops - beside) / rate + max(beside / rate, sent / o.link) + alone,
     }  # fmt: skip
 
 
-def ranks(n: int) -> SimpleNamespace:
-    return SimpleNamespace(size=n)
+# ---------------------------------------------------------------- the command
+def ways_to_fit(fits: Callable, o: PlanOptions, train: TrainConfig) -> list[str]:
+    """The flags with which fits(train) is true, as few as will do; each a way of its own."""
+    mine, ways = train.batch_size // o.gpus, []
+    parts = [p for p in range(train.accumulation, mine + 1) if mine % p == 0]  # smaller and smaller micro-batches
+    for shard, again in itertools.product(
+        {train.shard, o.gpus > 1 or train.shard}, {train.checkpoint_activations, True}
+    ):
+        for part in parts:
+            flags = {"shard": shard, "checkpoint_activations": again, "accumulation": part}
+            if fits(replace(train, **flags)):
+                new = [(name, value) for name, value in flags.items() if value != getattr(train, name)]
+                ways.append([f"--{name} {str(value).lower()}" for name, value in new])
+                break
+    return sorted(" ".join(way) for way in ways if len(way) == min(map(len, ways)))
 
 
-def read(argv: list[str]) -> tuple[PlanOptions, Model, TrainConfig, OptimConfig, Task]:
-    """What the command line says, where a hyphen in a flag's name is as good as an underscore."""
-    argv = [re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
-    kind = "bert" if peek(argv, "preset", "") in BERT_PRESETS else "gpt"
-    classes = [PlanOptions, TrainConfig, OptimConfig, ModelConfig, MLMConfig]
-    without = set().union(*map(field_names, (TrainConfig, OptimConfig, MLMConfig))) - FLAGS
-    presets = GPT_PRESETS | BERT_PRESETS
-    of_bytes = presets.get(peek(argv, "preset", ""), {}).get("tokenizer") == "bytes"
-    own = dict(vocab_size=ByteTokenizer().vocab_size) if of_bytes else {}
-    settings, given = parse_flags(argv, classes, PlanOptions.__doc__, presets, without, **own)
-    options, train, optim, config, mlm = settings
-    if config.block != "transformer":
-        raise UserError(f"--block {config.block}: only a transformer's activations can be told beforehand")
-    if kind == "gpt" and (unused := given & field_names(MLMConfig)):
-        raise UserError(f"--{min(unused)} has no effect here: it is for BERTs; name one of their presets")
-    if options.shard and options.gpus == 1:
-        raise UserError("--shard true: one GPU has nobody to share with; give --gpus")
-    if {"steps", "tokens"} <= given:
-        raise UserError("--steps and --tokens: give one of them")
-    if not given & {"batch_size", "accumulation"} and train.batch_size % (options.gpus * train.accumulation):
-        wanted, train.accumulation = train.batch_size, 1
-        train.batch_size += -wanted % options.gpus
-        print(f"--batch_size {train.batch_size} --accumulation 1: the preset's {wanted} cannot be cut for these GPUs")
-    predicted, heads = 1.0, {}
-    if kind == "bert":
-        room = config.max_len - (3 if mlm.nsp else 2)  # as in MaskedLanguageModelling
-        predicted, heads = max(1, round(mlm.mask_rate * room)) / config.max_len, dict(mlm=True, nsp=mlm.nsp)
-    with torch.device("meta"):  # shapes alone
-        model = MODELS[kind](replace(config, **heads))
-    model.freeze_unused()
-    in_parts = TASKS["mlm" if heads else "lm"].in_parts
-    return options, model, train, optim, SimpleNamespace(fixed_shape=True, predicted=predicted, in_parts=in_parts)
+def plan(o: PlanOptions, c: ModelConfig, optim: OptimConfig, train: TrainConfig, mlm: MLMConfig, given: set) -> None:
+    """Prints what each GPU holds, computes and sends, which of these is short, and last all as one JSON object."""
+    if c.block == "lstm":
+        raise UserError("--block lstm: what it keeps is not known here, only that of transformers")
+    if c.causal and (unused := given & MASKED):
+        raise UserError(f"--{min(unused)} is of a BERT's training: give --preset bert-base, say")
+    parts, asked = o.gpus * train.accumulation, train.batch_size
+    if asked % parts and not given & {"batch_size", "accumulation"}:
+        train = replace(train, batch_size=-(-asked // parts) * parts)
+        print(f"The preset's batch of {asked} cannot be cut into {parts} equal parts: --batch_size {train.batch_size}")
+    B, T = micro_batch_size(train, SimpleNamespace(size=o.gpus)), c.max_len
+    predicted = 1.0 if c.causal else max(1, round(mlm.mask_rate * (T - 2 - mlm.nsp))) / T  # as masked.py says it
+    with torch.device("meta"):
+        model = GPT(c) if c.causal else Bert(replace(c, mlm=True, nsp=mlm.nsp))
+    steps = max(1, round(train.tokens / (train.batch_size * T))) if train.tokens else train.steps
+    optim = replace(optim, turns=min(optim.turns, max(1, steps)))
 
+    def peak(train: TrainConfig) -> tuple[float, str, dict]:
+        return max((sum(p.values()), name, p) for name, p in memory(model, o, train, optim, predicted).items())
 
-def remedies(options: PlanOptions, model: Model, train: TrainConfig, optim: OptimConfig, task: Task) -> list[str]:
-    """The fewest flags that make it fit, each way there is."""
-    each = train.batch_size // options.gpus  # sequences
-    ways = {"accumulation": [n for n in range(train.accumulation + 1, each + 1) if each % n == 0],
-            "checkpoint_activations": [True] * (not train.checkpoint_activations),
-            "shard": [True] * (options.gpus > 1 and not options.shard)}  # fmt: skip
-    found: dict[tuple, str] = {}  # of several accumulations the first
-    for n in (1, 2, 3):
-        for names in itertools.combinations(ways, n):
-            for values in itertools.product(*map(ways.get, names)):
-                new = dict(zip(names, values, strict=True))
-                settings = replace(options, shard=new.pop("shard", options.shard)), model, replace(train, **new)
-                if names not in found and memory(*settings, optim, task)["peak"] <= options.gpu_memory:
-                    found[names] = " ".join(f"--{k} {str(v).lower()}" for k, v in zip(names, values, strict=True))
-        if found:
-            break
-    return list(found.values())
+    def fits(train: TrainConfig) -> bool:
+        return peak(train)[0] <= (1 - o.spare) * o.gpu_memory
 
-
-def plan(argv: list[str]) -> None:
-    """Prints what it takes, then all figures as one JSON object."""
-    settings = read(argv)
-    options, model, train, _, task = settings
-    size, time, T = memory(*settings), seconds(*settings), model.config.max_len
-    steps, fits = train.total_steps(task, model), size["peak"] <= options.gpu_memory
-    waits = "memory" if not fits else "link" if time["link_s"] > time["arithmetic_s"] else "arithmetic"
-    cures = [] if fits else remedies(*settings)
+    bytes, moment, held = peak(train)
+    time, fine = work(model, o, train, optim, predicted), fits(train)
+    slower = "link" if time["link_seconds"] > time["arithmetic_seconds"] else "arithmetic"
     figures = {
-        "parameters": model.num_params(), "gpus": options.gpus, "batch_size": train.batch_size,
-        "accumulation": train.accumulation, "micro_batch": micro_batch_size(train, ranks(options.gpus)),
-        "steps": steps, "tokens": steps * train.batch_size * T, "bytes": size, "fits": fits, "remedies": cures, **time,
-        "tokens_per_s": train.batch_size * T / time["step_s"], "seconds": steps * time["step_s"], "bottleneck": waits,
+        "parameters": model.num_params(), "gpus": o.gpus, "shard": train.shard, "batch_size": train.batch_size,
+        "accumulation": train.accumulation, "micro_batch": B, "steps": steps, "tokens": steps * train.batch_size * T,
+        "bytes": bytes, "moment": moment, "held": held, **time, "seconds": time["step_seconds"] * steps,
+        "bottleneck": slower if fine else "memory", "fits": fine,
+        "ways_to_fit": [] if fine else ways_to_fit(fits, o, train),
     }  # fmt: skip
-    f = SimpleNamespace(**figures)
-    print(f"{type(model).__name__} with {f.parameters:,} parameters on {f.gpus} GPUs, each with {f.accumulation} x "
-          f"{f.micro_batch} of {f.batch_size} sequences of {T} tokens")  # fmt: skip
-    print("bytes per GPU: " + ", ".join(f"{k} {v / 1e9:.3g} GB" for k, v in size.items() if k[:4] != "peak" and v))
-    print(f"at one time {size['peak'] / 1e9:.3g} GB ({size['peak_at']}) of {options.gpu_memory / 1e9:.3g} GB:",
-          "it fits" if fits else "it does not fit")  # fmt: skip
-    if not fits:
-        cure = "; or with ".join(cures) or "more GPUs and --shard true, or a smaller model"
-        print(f"it would fit with {cure}")
-    print(f"a step: {f.flops:.3g} FLOPs, {f.arithmetic_s:.3g} s at {options.utilisation:.0%} of the GPUs' speed; "
-          f"{f.bytes_sent / 1e9:.3g} GB from each GPU, {f.link_s:.3g} s; together {f.step_s:.3g} s")  # fmt: skip
-    print(f"{steps:,} steps, {f.tokens:,} tokens: {f.seconds / 3600:.3g} hours, {f.tokens_per_s:,.0f} tokens/s")
-    print(f"the bottleneck is {waits}")
+    print(f"{type(model).__name__} with {model.num_params():,} parameters, {steps:,} steps of {o.gpus:,} x "
+          f"{train.accumulation} x {B} sequences of {T:,} tokens")  # fmt: skip
+    print(f"{bytes / 1e9:,.4g} of {o.gpu_memory / 1e9:,.4g} GB of a GPU, the most at the time of {moment}: "
+          + ", ".join(f"{name} {value / 1e9:,.3g}" for name, value in held.items() if value))  # fmt: skip
+    print(f"{time['step_seconds']:.3g} s a step: {time['arithmetic_seconds']:.3g} s for {time['flops']:.3g} FLOPs of a "
+          f"GPU at {o.utilisation:.0%} of its speed, which is assumed; {time['link_seconds']:.3g} s for the "
+          f"{time['bytes_sent'] / 1e9:.3g} GB that it sends, meanwhile where the loop does so")  # fmt: skip
+    hours = figures["seconds"] / 3600
+    print(f"{figures['tokens']:,} tokens in {hours:,.3g} hours, {hours * o.gpus:,.3g} of a GPU; what limits it: "
+          f"{figures['bottleneck']}")  # fmt: skip
+    if not fine:
+        print(f"It does not fit with {o.spare:.0%} to spare, but would with " + (", or ".join(figures["ways_to_fit"])
+              or "nothing but more memory"))  # fmt: skip
     print(json.dumps(figures))

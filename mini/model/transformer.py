@@ -326,11 +326,8 @@ class Model(nn.Module):
         return capped(scores[..., : self.config.vocab_size], self.config.logit_softcap)
 
     def unscored(self, hidden: Tensor, head: Linear) -> Tensor | Unscored:
-        """hidden (.., C) -> logits (.., V) that are yet to be computed.
-
-        Of a head with arithmetic of its own (int8), and where nothing learns, they are computed.
-        """
-        if type(head) is not Linear or not torch.is_grad_enabled():
+        """hidden (.., C) -> logits (.., V), yet to be computed; of a head with arithmetic of its own (int8) they are."""
+        if type(head) is not Linear:
             return self.vocabulary(head(hidden))
         return Unscored(hidden, head, self.config.vocab_size, self.config.logit_softcap)
 

@@ -44,7 +44,7 @@ class MaskedLanguageModelling(Task):
     """
 
     Config, kinds, command, judged = MLMConfig, ("bert",), "fill", "mlm"
-    pretrains, fixed_shape = True, True
+    pretrains, fixed_shape, in_parts = True, True, True
 
     unit = "windows"
 
