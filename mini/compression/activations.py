@@ -101,4 +101,4 @@ class Examples:
     def run(self, model: Model) -> None:
         """A forward pass of the task for each batch."""
         for inputs in self.inputs(model):
-            model.answers(inputs)
+            self.task.loss(model, inputs)

@@ -326,8 +326,11 @@ class Model(nn.Module):
         return capped(scores[..., : self.config.vocab_size], self.config.logit_softcap)
 
     def unscored(self, hidden: Tensor, head: Linear) -> Tensor | Unscored:
-        """hidden (.., C) -> logits (.., V), yet to be computed; of a head with arithmetic of its own (int8) they are."""
-        if type(head) is not Linear:
+        """hidden (.., C) -> logits (.., V), yet to be computed.
+
+        They are, where the head has arithmetic of its own (int8), or a hook looks at what it is given.
+        """
+        if type(head) is not Linear or head._forward_hooks or head._forward_pre_hooks:
             return self.vocabulary(head(hidden))
         return Unscored(hidden, head, self.config.vocab_size, self.config.logit_softcap)
 
