@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from mini.compression.distill import RECIPES, Distillation, DistillConfig, make_student
 from mini.flags import Checked, UserError, option
 from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
 from mini.model.transformer import Model
+from mini.presets import GPT_PRESETS, model_preset
+from mini.storage import atomic_file
 from mini.tasks import TASKS
 from mini.tasks.base import Task
 from mini.tasks.masked import MLMConfig
@@ -30,14 +33,15 @@ from mini.training.runs import MODELS
 from mini.training.speed import call_times, matmul_speed
 
 PROMPT = 8  # tokens that a generation goes on from
-WHAT = ("all", "train", "generate", "mlm", "distill", "tokens")
+WHAT = ("all", "train", "generate", "mlm", "distill", "tokens", "gpu")
+ON_GPUS = ("gpt2", "bert-base")  # presets
 
 
 @dataclass
 class BenchOptions(Checked):
     """Measure training, generation and tokenization. The sizes of the model are flags, its text is random."""
 
-    what: str = option("all", "all: train, generate; mlm: a BERT's training; tokens: of --data", WHAT)
+    what: str = option("all", "all: train, generate; mlm: a BERT's training; tokens: of --data; gpu: two presets", WHAT)
     batch_size: int = option(8, "sequences of a training step", low=1)
     steps: int = option(40, "training steps; the first quarter warms up", low=20)
     batches: str = option("1,8", "batch sizes to generate with")
@@ -48,6 +52,7 @@ class BenchOptions(Checked):
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("auto", "as in training", ("auto", "bfloat16", "float32"))
     compile: str = option("auto", "torch.compile; auto: for generation, and on GPUs", ("auto", "true", "false"))
+    profile: str = option("", "a folder for trace.json, for chrome://tracing, of five steps; prints the dearest calls")
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,7 +65,13 @@ def bench(options: BenchOptions, config: ModelConfig) -> None:
     if options.what in ("all", "generate") and config.max_len < options.new_tokens + PROMPT:
         new = f"--new_tokens {options.new_tokens} and a prompt of {PROMPT}"
         raise UserError(f"{new} do not fit --max_len {config.max_len}")
+    if options.profile and options.what not in ("all", "train", "mlm"):
+        raise UserError(f"--profile: of a training, not of --what {options.what}")
+    if options.profile:
+        Path(options.profile).mkdir(parents=True, exist_ok=True)
     world = World(options.device)
+    if options.what == "gpu" and options.device == "auto" and not world.on_gpu:
+        raise UserError("--what gpu: PyTorch finds no NVIDIA GPU here; --device cpu measures the same, for hours")
     dtype = pick_dtype(options.dtype, world.device)
     figures = {
         "device": f"{world.device} ({device_name(world.device)}, {torch.get_num_threads()} threads)",
@@ -69,7 +80,8 @@ def bench(options: BenchOptions, config: ModelConfig) -> None:
         "matmul_gflops": round(matmul_speed(world.device, dtype) / 1e9),
     }
     world.say(", ".join(f"{key} {value}" for key, value in figures.items()))
-    parts = dict(train=training, mlm=training, generate=generation, distill=distillation_cost, tokens=tokenization)
+    parts = dict(train=training, mlm=training, generate=generation, distill=distillation_cost, tokens=tokenization,
+                 gpu=presets_speed)  # fmt: skip
     for name in ("train", "generate") if options.what == "all" else (options.what,):
         found = parts[name](options, config, world)
         world.say(", ".join(f"{k} {v:,.0f}" if v > 99 else f"{k} {v:.3g}" for k, v in found.items()))
@@ -95,19 +107,50 @@ def random_task(options: BenchOptions, config: ModelConfig) -> tuple[Task, Model
 def training(options: BenchOptions, config: ModelConfig, world: World) -> dict:
     """Tokens/s, and the share of the matmul speed."""
     rate, share = training_speed(options, *random_task(options, config), world)
+    if options.profile:
+        profile_training(options, config, world)
     return {"train_tokens_per_s": rate, "train_mfu": share}
 
 
-def training_speed(options: BenchOptions, task: Task, model: Model, world: World, objective: object = None) -> tuple:
+def presets_speed(options: BenchOptions, config: ModelConfig, world: World) -> dict:
+    """The training of presets of their full size: tokens/s, share of the device's matmul speed, memory in MB."""
+    figures = {}
+    for name in ON_GPUS:
+        config, what = model_preset(name), "train" if name in GPT_PRESETS else "mlm"
+        peak_memory(world.device)  # what came before does not count
+        rate, share = training_speed(options, *random_task(replace(options, what=what), config), world)
+        figures |= {f"{name}_tokens_per_s": rate, f"{name}_mfu": share, f"{name}_memory_mb": peak_memory(world.device)}
+    return figures
+
+
+def profile_training(options: BenchOptions, config: ModelConfig, world: World) -> None:
+    """Writes what each call of five more steps took, and prints the ten that took most by themselves."""
+    out, kinds = Path(options.profile) / "trace.json", [ProfilerActivity.CPU]
+    kinds += [ProfilerActivity.CUDA] * world.on_gpu
+    with profile(activities=kinds) as watched:
+        training_speed(replace(options, steps=20, profile=""), *random_task(options, config), world, steps=5)
+    with atomic_file(out) as temporary:
+        watched.export_chrome_trace(str(temporary))
+    on = "device" if world.on_gpu else "cpu"
+    calls = sorted(watched.key_averages(), key=lambda call: -getattr(call, f"self_{on}_time_total"))
+    total = sum(getattr(call, f"self_{on}_time_total") for call in calls)
+    world.say(f"{out}; of {total / 1e6:.3g} s in five steps and a judging, by themselves:")
+    for call in calls[:10]:
+        spent = getattr(call, f"self_{on}_time_total")
+        world.say(f"  {spent / total:6.1%} {spent / 1e3:10,.1f} ms  {call.count:7,} x {call.key[:80]}")
+
+
+def training_speed(options: BenchOptions, task: Task, model: Model, world: World, objective: object = None,
+                   steps: int = 0) -> tuple:  # fmt: skip
     """Medians of the loop's own log lines after the warm-up: tokens/s, share of the device's matmul speed."""
     loop = TrainConfig(
-        steps=options.steps, batch_size=options.batch_size, device=options.device, dtype=options.dtype,
+        steps=steps or options.steps, batch_size=options.batch_size, device=options.device, dtype=options.dtype,
         compile=options.compile, eval_every=0, sample_every=0, checkpoint_every=0, log_every=5,
     )  # fmt: skip
     optim = OptimConfig(optimizer=options.optimizer, lr=1e-3)
     with tempfile.TemporaryDirectory() as folder:
         train(model, task, loop, optim, Path(folder), world, objective)
-        rows = [row for row in read_metrics(Path(folder)) if row["step"] > options.steps // 4]
+        rows = [row for row in read_metrics(Path(folder)) if row["step"] > loop.steps // 4]
     return tuple(statistics.median(row.get(name, 0) for row in rows) for name in ("tokens_per_s", "mfu"))
 
 

@@ -10,9 +10,9 @@ MODERN = dict(norm="rmsnorm", positions="rope", activation="relu2", qk_norm=True
 LAPTOP = dict(MODERN, n_layers=4, n_heads=3, d_model=192, value_embeddings=True, lr=0.005, embed_lr=0.005,
               head_lr=0.0025, turns=2)  # fmt: skip
 # GPT-2's ways (Radford et al. 2019) with the training values of nanoGPT's reproduction.
-GPT2 = dict(max_len=1024, vocab_size=50257, tokenizer="gpt2", optimizer="adamw", lr=6e-4, beta2=0.95, weight_decay=0.1,
-            schedule="cosine", warmup=0.007, min_lr=0.1, batch_size=480, accumulation=5, steps=100_000,
-            eval_every=1000, checkpoint_every=1000)  # fmt: skip
+GPT2 = dict(max_len=1024, vocab_size=50257, vocab_multiple=64, tokenizer="gpt2", optimizer="adamw", lr=6e-4, beta2=0.95,
+            weight_decay=0.1, schedule="cosine", warmup=0.007, min_lr=0.1, batch_size=480, accumulation=5,
+            steps=100_000, eval_every=1000, checkpoint_every=1000)  # fmt: skip
 GPT_PRESETS: dict[str, dict] = {
     "laptop": dict(LAPTOP, max_len=256, vocab_size=1024, weight_decay=0.1, batch_size=4, steps=1040, eval_every=520,
                    sample_every=520, checkpoint_every=260),
@@ -29,8 +29,8 @@ GPT_PRESETS: dict[str, dict] = {
 ENCODER = dict(causal=False, n_segments=2)  # what makes a stack of blocks one
 # BERT's ways (Devlin et al. 2019, appendix A.2); the small sizes are those of Turc et al. 2019.
 BERT = dict(ENCODER, norm_place="post", norm_eps=1e-12, activation="gelu", dropout=0.1, max_len=512, vocab_size=30522,
-            optimizer="adamw", lr=1e-4, beta2=0.999, weight_decay=0.01, schedule="linear", warmup=0.01, batch_size=256,
-            steps=1_000_000, eval_every=5000, checkpoint_every=5000)  # fmt: skip
+            vocab_multiple=64, optimizer="adamw", lr=1e-4, beta2=0.999, weight_decay=0.01, schedule="linear",
+            warmup=0.01, batch_size=256, steps=1_000_000, eval_every=5000, checkpoint_every=5000)  # fmt: skip
 BERT_PRESETS: dict[str, dict] = {
     "bert-laptop": dict(LAPTOP, **ENCODER, max_len=128, vocab_size=2048, batch_size=16, steps=600, eval_every=300,
                         sample_every=300, checkpoint_every=150),

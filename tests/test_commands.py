@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, last_json, metrics
 
-from mini import load_run
+from mini import bench, load_run
 
 FIXTURE = Path(__file__).parent / "fixtures" / "gpt2"
 
@@ -113,6 +113,23 @@ def test_bench_measures(command):
     figures = last_json(command("-m", "mini", "bench", "--what", "distill", *size, "--vocab_size", 260))
     ratio = (figures["minilm_ms"] - figures["teacher_ms"]) / figures["plain_ms"]
     assert figures["minilm"] == pytest.approx(ratio) and figures["plain_ms"] > 0
+
+
+def test_bench_of_presets_and_profiles(command, tmp_path, monkeypatch):
+    """--what gpu, with presets that a CPU can train."""
+    monkeypatch.setattr(bench, "ON_GPUS", ("char", "bert-laptop"))
+    few = ["--what", "gpu", "--device", "cpu", "--batch_size", 1, "--steps", 20, "--compile", "false"]
+    figures = last_json(command("-m", "mini", "bench", *few))
+    assert all(figures[f"{name}_{of}"] > 0 for name in bench.ON_GPUS for of in ("tokens_per_s", "mfu", "memory_mb"))
+    small = ["--n_layers", 1, "--d_model", 32, "--n_heads", 2, "--max_len", 32, "--vocab_size", 64, "--steps", 20]
+    done = command("-m", "mini", "bench", "--what", "train", *small, "--profile", tmp_path / "profile")
+    calls = [line for line in done.stdout.splitlines() if " x " in line]
+    assert len(calls) == 10 and any("aten::addmm" in line or "aten::mm" in line for line in calls)
+    assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    assert (
+        "--profile: of a training"
+        in command("-m", "mini", "bench", "--what", "tokens", "--profile", "x", status=2).stderr
+    )
 
 
 def refusals(folder):

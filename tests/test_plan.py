@@ -161,7 +161,7 @@ def test_muon_s_arithmetic_is_what_pytorch_counts():
 
 
 def planned(command, *flags: object) -> dict:
-    size = ["--preset", "gpt2", "--vocab_size", 5000, "--batch_size", 64, "--accumulation", 2]
+    size = ["--preset", "gpt2", "--vocab_size", 5056, "--batch_size", 64, "--accumulation", 2]
     return last_json(command("-m", "mini", "plan", *size, *flags))
 
 
