@@ -144,8 +144,8 @@ def test_all_presets_are_planned(command):
 
 
 def test_the_share_that_meets_the_vocabulary_is_the_task_s(command):
-    task, model = random_task(BenchOptions(what="mlm"), ModelConfig(**SMALL | ENCODER | dict(vocab_size=300)))
-    size = ["--n_layers", 3, "--n_heads", 4, "--d_model", 64, "--max_len", 48, "--vocab_size", 300]
+    task, model = random_task(BenchOptions(what="mlm"), ModelConfig(**SMALL | ENCODER | dict(vocab_size=320)))
+    size = ["--n_layers", 3, "--n_heads", 4, "--d_model", 64, "--max_len", 48, "--vocab_size", 320]
     done = command("-m", "mini", "plan", "--preset", "bert-base", *size, "--batch_size", 2)
     assert last_json(done)["flops"] == pytest.approx(2 * 48 * 3 * model.flops(48, task.predicted))
 
