@@ -91,10 +91,11 @@ def distill_run(argv: list[str]) -> None:
     s, options = read_compression(argv, "distill", distill_run.__doc__, DistillConfig, training={}, lr_share=1.0)
     teach.check(s, options)
     world = world or make_world(s.train)
-    if options.recipe == "tinybert" and not s.task.pretrains:
-        teach.tinybert(s, options, world)
-    else:
-        teach.teach(s, options, world)
+    with world.together():
+        if options.recipe == "tinybert" and not s.task.pretrains:
+            teach.tinybert(s, options, world)
+        else:
+            teach.teach(s, options, world)
     world.leave()
 
 

@@ -94,5 +94,6 @@ def run_compressed(s: Settings, model: Model, task: Task, world: World, methods:
     world.say(f"Before, {s.job.init}: {describe(before)}" if before else f"From {s.job.init}")
     s.model = model.config
     torch.manual_seed(s.train.seed)
-    train_run(s, model, task, world, methods=methods)
+    with world.together():
+        train_run(s, model, task, world, methods=methods)
     world.leave()

@@ -164,6 +164,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     with Interrupts() as interrupts, bar, writer, thread:
         coming = thread.submit(ready, state["step"])
         for step in range(state["step"], steps):
+            world.doing = f"in step {step + 1:,}"
             clock = time.perf_counter()
             batches = coming.result()
             coming = thread.submit(ready, min(step + 1, steps - 1))

@@ -255,10 +255,11 @@ def make_model(settings: Settings, task: Task) -> Model:
 
 def learn(settings: Settings, world: World) -> None:
     """The whole story of a training."""
-    task = open_task(settings, world)  # text -> tokens -> the examples of each step
-    model = make_model(settings, task)
-    methods = choose_part(model, settings.part, settings.job.init) if settings.job.init else []
-    train_run(settings, model, task, world, methods=methods)
+    with world.together():
+        task = open_task(settings, world)  # text -> tokens -> the examples of each step
+        model = make_model(settings, task)
+        methods = choose_part(model, settings.part, settings.job.init) if settings.job.init else []
+        train_run(settings, model, task, world, methods=methods)
 
 
 def train_run(
