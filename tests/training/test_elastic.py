@@ -1,0 +1,141 @@
+"""A rank that is lost ends the others with one line; started again over the same store, they end as if undisturbed.
+
+`pytest -s -m faults` does so with torchrun, twenty times for each way to be lost.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TINY, Forked, command_line, environment
+
+from mini.training import devices
+from mini.training.devices import World
+
+QUICK = [*TINY, "--sample_every", 0, "--eval_every", 0, "--log_every", 1, "--steps", 12, "--checkpoint_every", 5]
+
+
+@pytest.fixture
+def start(text_file, cache, tmp_path):
+    """Starts two ranks as torchrun does, over a store that is the same at each start; one may send itself a signal."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    shared = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE=True)
+    argv = ["train_gpt.py", "--data", text_file, *QUICK, "--out", tmp_path / "run"]
+
+    def started(rank: int = -1, number: int = 0, step: int = 0, silence: float = 60) -> list[Forked]:
+        def prepare() -> None:
+            said = os.open(tmp_path / f"said-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(said, 2)
+            devices.SILENCE, add_up = silence, World.sum
+
+            def signal_and_sum(world: World, tensor: torch.Tensor) -> torch.Tensor:
+                if world.rank == rank and world.doing == f"in step {step}":
+                    os.kill(os.getpid(), number)
+                return add_up(world, tensor)
+
+            World.sum = signal_and_sum
+
+        return [Forked(argv, cache, prepare, RANK=r, LOCAL_RANK=r, **shared) for r in range(2)]
+
+    yield started
+    del store  # which lives until now
+
+
+@pytest.fixture(scope="module")
+def whole(text_file, command, tmp_path_factory) -> bytes:
+    """The weights of the undisturbed run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    command("train_gpt.py", "--data", text_file, *QUICK, "--out", folder, ranks=2)
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_and_all_start_again(rank, start, whole, tmp_path):
+    done = [one.wait() for one in start(rank, signal.SIGKILL, step=8)]
+    assert done[rank].returncode == -signal.SIGKILL and done[1 - rank].returncode > 0
+    line = f"error: rank {rank} was lost in step 8 (its connection is closed); the same command goes on\n"
+    assert done[1 - rank].stderr.endswith(line) and "Traceback" not in done[1 - rank].stderr
+    done = [one.wait() for one in start()]
+    assert [d.returncode for d in done] == [0, 0], done
+    assert "step-00000005" in done[0].stdout  # from there it went on
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole
+
+
+def test_a_stopped_rank_is_noticed(start, tmp_path):
+    """Its connection stays open, so that nothing breaks: it is its silence that is heard."""
+    ranks = start(1, signal.SIGSTOP, step=3, silence=5)
+    try:
+        assert ranks[0].wait().returncode > 0
+    finally:
+        os.kill(ranks[1].process, signal.SIGKILL)
+        ranks[1].wait()
+    said = (tmp_path / "said-0").read_text()
+    assert "error: rank 1 was lost in step 3 (no sign of it for 5 s); the same command goes on\n" in said
+
+
+KILLS = {"rank 0 while it trains": ([0], 1), "rank 1 while it trains": ([1], 1), "any at any time": ([0, 1], 1),
+         "any at any time, twice": ([0, 1], 2)}  # fmt: skip
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("way", KILLS)
+def test_torchrun_goes_on_by_itself(way, text_file, cache, tmp_path, command):
+    flags = ["--data", text_file, *QUICK[:-4], "--steps", 150, "--checkpoint_every", 20]
+    script = tmp_path / "script.py"  # tells who is who, before anything else
+    script.write_text("""if True:
+        import os, pathlib, sys
+        pathlib.Path(sys.argv.pop(1), os.environ["RANK"]).write_text(f"{os.getpid()} ")
+        import train_gpt
+        from mini.flags import run_command
+        run_command(train_gpt.main)
+    """)
+    whole = tmp_path / "whole"
+    began = time.monotonic()
+    command("train_gpt.py", *flags, "--out", whole, torchrun=2)
+    usual = time.monotonic() - began
+    ranks, times = KILLS[way]
+    good = 0
+    for i in range(20):
+        chance, folder, killed = random.Random(i), tmp_path / str(i), []
+        folder.mkdir()
+        argv = command_line(script, folder, *flags, "--out", folder / "run", torchrun=2)
+        argv.insert(argv.index("--standalone"), "--max-restarts=3")
+        with open(folder / "said", "w") as said:
+            run = subprocess.Popen(argv, env=environment(cache), stdout=said, stderr=said, start_new_session=True)
+        for _ in range(times):
+            rank = chance.choice(ranks)
+            while run.poll() is None and pid(folder, rank) in (0, *killed):
+                time.sleep(0.01)
+            step = chance.randrange(25, 130) if "while" in way else 0
+            while run.poll() is None and lines(folder / "run" / "metrics.jsonl") < step:
+                time.sleep(0.01)
+            time.sleep(0 if step else chance.uniform(0, usual))
+            if run.poll() is None:
+                killed.append(pid(folder, rank))
+                os.kill(killed[-1], signal.SIGKILL)
+        try:
+            status = run.wait(300)
+        except subprocess.TimeoutExpired:
+            status = "hung"
+            os.killpg(run.pid, signal.SIGTERM)
+            run.wait(60)
+        made = folder / "run" / "model.safetensors"
+        good += status == 0 and made.exists() and made.read_bytes() == (whole / "model.safetensors").read_bytes()
+        print(f"{way}: {good} of {i + 1}; status {status}, {len(killed)} killed", flush=True)
+    assert good == 20
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def pid(folder: Path, rank: int) -> int:
+    """The process of a rank, 0 where there is none yet."""
+    path = folder / str(rank)
+    return int(path.read_text() or 0) if path.exists() else 0
