@@ -14,9 +14,9 @@ from mini.flags import UserError, dispatch, parse_flags, peek, run_command
 from mini.model import int8, sparse
 from mini.tasks import TASKS
 from mini.text.corpus import DataConfig
-from mini.training.devices import World
 from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
+from mini.training.ranks import World
 from mini.training.start import TEXT_FLAGS, learn, make_world, open_own_task, open_run
 
 QAT_LR = 0.1  # of the run's own: int8 does little harm, which high learning rates would add to (docs/log.md)

@@ -26,9 +26,10 @@ from mini.text.corpus import DataConfig, open_corpus
 from mini.text.tokenizer import ByteTokenizer, train_bpe
 from mini.text.tokens import BPE_BYTES, TokenFile, write_tokens
 from mini.training.checkpoints import read_metrics
-from mini.training.devices import World, can_compile, device_name, peak_memory, pick_dtype
+from mini.training.devices import autocast, can_compile, device_name, peak_memory, pick_dtype
 from mini.training.loop import TrainConfig, train
 from mini.training.optim import OptimConfig
+from mini.training.ranks import World
 from mini.training.runs import MODELS
 from mini.training.speed import call_times, matmul_speed
 
@@ -161,13 +162,13 @@ def distillation_cost(options: BenchOptions, config: ModelConfig, world: World) 
     """
     task, teacher = random_task(options, config)
     teacher.to(world.device).eval()
-    bf16 = pick_dtype(options.dtype, world.device) == torch.bfloat16
+    dtype = pick_dtype(options.dtype, world.device)
     numbers = np.arange(options.steps * options.batch_size).reshape(options.steps, -1)
     batches = iter([task.batch(row).to(world.device) for row in numbers])
 
     @torch.no_grad()
     def forward() -> None:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(world.device, dtype):
             teacher.answers(next(batches).inputs)
 
     figures = {"teacher_ms": 1000 * statistics.median(call_times(forward, options.steps, world.device))}

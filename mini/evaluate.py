@@ -23,8 +23,9 @@ from mini.tasks.metrics import with_error
 from mini.text.rows import parse_json_row, read_rows
 from mini.text.tokenizer import Tokenizer
 from mini.training.checkpoints import read_result
-from mini.training.devices import World, pick_dtype, progress_bar
+from mini.training.devices import autocast, pick_dtype, progress_bar
 from mini.training.loop import measure
+from mini.training.ranks import World
 from mini.training.start import Settings, open_run, open_test
 
 PARTS = 30  # of a file, at the least, whose figures' differences tell the standard error
@@ -71,7 +72,7 @@ def judge(path: str, model: Model, settings: Settings, world: World, dtype: torc
     elif settings.job.task == "mlm" and {"text", "text_b"} <= names:
         by_rows = judge_next
     if by_rows:
-        with torch.inference_mode(), torch.autocast(world.device.type, torch.bfloat16, enabled=dtype != torch.float32):
+        with torch.inference_mode(), autocast(world.device, dtype):
             return by_rows(path, model, settings.tokenizer, batch_size)
     if settings.job.task == "lm" and {"prompt", "answer"} <= names:
         settings = replace(settings, job=replace(settings.job, task="pairs"), task_options=None)

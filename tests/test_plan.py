@@ -14,10 +14,10 @@ from mini.model.layers import Linear
 from mini.plan import PlanOptions
 from mini.presets import PRESETS, model_preset
 from mini.training import loop
-from mini.training.devices import World
 from mini.training.loop import TrainConfig
 from mini.training.muon import orthogonalize
 from mini.training.optim import OptimConfig, make_optimizers
+from mini.training.ranks import World
 
 SMALL = dict(n_layers=3, n_heads=4, d_model=64, max_len=48, vocab_size=100)
 MODERN = dict(norm="rmsnorm", positions="rope", activation="relu2", qk_norm=True, bias=False, tied=False)

@@ -24,8 +24,9 @@ from mini.model.attention import KVCache
 from mini.model.transformer import Model
 from mini.storage import read_json, write_json, write_text
 from mini.tensors import digest_tensors, load_tensors, save_tensors
-from mini.training.devices import World, can_compile, device_name, keep_memory, peak_memory, pick_device
+from mini.training.devices import can_compile, device_name, keep_memory, peak_memory, pick_device
 from mini.training.loop import evaluate
+from mini.training.ranks import World
 from mini.training.runs import check_output, load_model
 from mini.training.speed import call_times, load_pyplot
 from mini.training.start import open_own_task, open_run

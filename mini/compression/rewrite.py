@@ -19,7 +19,7 @@ from mini.tasks.inputs import pad, text_ids
 from mini.tasks.order import mix
 from mini.text.rows import as_file, read_rows, text_columns
 from mini.text.tokenizer import Tokenizer
-from mini.training.devices import pick_dtype, progress_bar
+from mini.training.devices import autocast, pick_dtype, progress_bar
 
 TURNS = 7  # masked copies of a text, in each of which every seventh word is masked
 BATCH = 16  # texts at a time
@@ -84,7 +84,6 @@ def candidates(
 ) -> list[dict[int, list[int]]]:
     """For each text {place of a word of one token: the likeliest words there}."""
     device = next(model.parameters()).device
-    bf16 = pick_dtype("auto", device) == torch.bfloat16
     places = []
     for row in rows:
         ids = np.array(row)
@@ -101,7 +100,7 @@ def candidates(
         masked, positions = tokens.clone(), pad([p or [0] for p in mine], 0).to(device)  # (B, T), (B, M)
         for b, chosen in enumerate(mine):
             masked[b, chosen] = tokenizer.mask
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocast(device, pick_dtype("auto", device)):
             logits = model.predict(masked, lengths, positions)[0].float()[..., : len(words)]  # (B, M, V)
         best = logits.masked_fill(others, -torch.inf).topk(min(top, int(words.sum()))).indices.tolist()
         for b, chosen in enumerate(mine):

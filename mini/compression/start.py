@@ -14,9 +14,9 @@ from mini.model.transformer import Model
 from mini.tasks.base import Task
 from mini.text.corpus import DataConfig
 from mini.training.checkpoints import read_result
-from mini.training.devices import World
 from mini.training.loop import TrainConfig, describe
 from mini.training.optim import OptimConfig
+from mini.training.ranks import World
 from mini.training.start import Settings, check_length, open_run, other_optimizer, refuse_fixed, train_run
 
 # Training after compression: with this share of the run's own learning rates, which fall to zero (docs/log.md).

@@ -19,8 +19,9 @@ from mini.tensors import digest_tensors, weights
 from mini.text.corpus import DataConfig
 from mini.text.tokenizer import load_tokenizer
 from mini.training import checkpoints, runs
-from mini.training.devices import World, pick_dtype
+from mini.training.devices import pick_dtype
 from mini.training.loop import describe, evaluate, micro_batch_size
+from mini.training.ranks import World
 from mini.training.start import Settings, open_own_task, open_run, train_run
 
 STUDENT = ("student", "start", "n_layers", "n_heads", "d_model", "d_ff")  # flags that say what the student is

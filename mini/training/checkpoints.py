@@ -19,7 +19,7 @@ from mini import storage
 from mini.flags import UserError, from_dict, of_type
 from mini.model import int8, lora, sparse
 from mini.tensors import Rows, held, load_tensors, load_weights, put, save_tensors, weights, write_tensors
-from mini.training.devices import World
+from mini.training.ranks import World
 
 LEARNING = "learning."  # before the names of what is never served
 FINAL = ("config.json", "tokenizer.json", "tokenizer.tiktoken", "vocab.txt", "model.safetensors")  # a finished run

@@ -42,8 +42,9 @@ from mini.tasks.base import Batch, Task
 from mini.tasks.order import mix
 from mini.tensors import held
 from mini.training import checkpoints
-from mini.training.devices import World, autocast, can_compile, keep_memory, peak_memory, pick_dtype, progress_bar
+from mini.training.devices import autocast, can_compile, keep_memory, peak_memory, pick_dtype, progress_bar
 from mini.training.optim import OptimConfig, make_optimizers, schedule
+from mini.training.ranks import World
 from mini.training.shard import shard, whole
 from mini.training.speed import Speedometer, plot_metrics
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mini.tensors import held
-from mini.training.devices import World
+from mini.training.ranks import World
 
 
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:

@@ -11,8 +11,8 @@ from torch import nn
 
 from mini.flags import Checked, option
 from mini.model.layers import Linear
-from mini.training.devices import World
 from mini.training.muon import Muon
+from mini.training.ranks import World
 
 
 @dataclass

@@ -35,10 +35,10 @@ from mini.tensors import load_tensors, load_weights, loaded, weights, weights_wa
 from mini.text.corpus import DataConfig
 from mini.text.tokenizer import Tokenizer, load_tokenizer
 from mini.training.checkpoints import LEARNING, newest_checkpoint, read_result
-from mini.training.devices import World
 from mini.training.loop import TrainConfig
 from mini.training.optim import OptimConfig
 from mini.training.part import PartConfig
+from mini.training.ranks import World
 
 MODELS: dict[str, type[Model]] = {"gpt": GPT, "bert": Bert}
 FORMAT = 5  # of older ones finished runs open, but one that is not finished cannot go on, as training has changed

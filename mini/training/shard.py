@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from mini.training.devices import World
+from mini.training.ranks import World
 
 
 def shard(losses_of: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype, world: World) -> None:

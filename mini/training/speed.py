@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mini.training.devices import World
+from mini.training.ranks import World
 
 
 @functools.cache  # once for a process, which may train several times

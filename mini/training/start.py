@@ -20,10 +20,10 @@ from mini.text.tokenizer import Tokenizer, init_tokenizer, make_tokenizer
 from mini.text.tokens import prepare_tokens
 from mini.training import runs
 from mini.training.checkpoints import drop_best, read_result
-from mini.training.devices import World
 from mini.training.loop import TrainConfig, micro_batch_size, train
 from mini.training.optim import OptimConfig
 from mini.training.part import PartConfig, choose_part
+from mini.training.ranks import World
 
 FINETUNE = dict(optimizer="adamw", lr=1e-4, embed_lr=0.0, head_lr=0.0, schedule="linear", warmup=0.1,
                 weight_decay=0.01, epochs=3.0, batch_size=32, eval_every=0, sample_every=0)  # fmt: skip

@@ -17,7 +17,7 @@ from mini.compression.report import table
 from mini.errors import UserError
 from mini.model import sparse
 from mini.tensors import load_tensors
-from mini.training.devices import World
+from mini.training.ranks import World
 from mini.training.start import open_own_task, open_run, train_run
 
 

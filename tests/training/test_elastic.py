@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from conftest import TINY, Forked, command_line, environment
 
-from mini.training import devices
-from mini.training.devices import World
+from mini.training import ranks
+from mini.training.ranks import World
 
 QUICK = [*TINY, "--sample_every", 0, "--eval_every", 0, "--log_every", 1, "--steps", 12, "--checkpoint_every", 5]
 
@@ -32,7 +32,7 @@ def start(text_file, cache, tmp_path):
         def prepare() -> None:
             said = os.open(tmp_path / f"said-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(said, 2)
-            devices.SILENCE, add_up = silence, World.sum
+            ranks.SILENCE, add_up = silence, World.sum
 
             def signal_and_sum(world: World, tensor: torch.Tensor) -> torch.Tensor:
                 if world.rank == rank and world.doing == f"in step {step}":
@@ -69,12 +69,12 @@ def test_a_killed_rank_is_named_and_all_start_again(rank, start, whole, tmp_path
 
 def test_a_stopped_rank_is_noticed(start, tmp_path):
     """Its connection stays open, so that nothing breaks: it is its silence that is heard."""
-    ranks = start(1, signal.SIGSTOP, step=3, silence=5)
+    first, stopped = start(1, signal.SIGSTOP, step=3, silence=5)
     try:
-        assert ranks[0].wait().returncode > 0
+        assert first.wait().returncode > 0
     finally:
-        os.kill(ranks[1].process, signal.SIGKILL)
-        ranks[1].wait()
+        os.kill(stopped.process, signal.SIGKILL)
+        stopped.wait()
     said = (tmp_path / "said-0").read_text()
     assert "error: rank 1 was lost in step 3 (no sign of it for 5 s); the same command goes on\n" in said
 
@@ -99,7 +99,7 @@ def test_torchrun_goes_on_by_itself(way, text_file, cache, tmp_path, command):
     began = time.monotonic()
     command("train_gpt.py", *flags, "--out", whole, torchrun=2)
     usual = time.monotonic() - began
-    ranks, times = KILLS[way]
+    who, times = KILLS[way]
     good = 0
     for i in range(20):
         chance, folder, killed = random.Random(i), tmp_path / str(i), []
@@ -109,7 +109,7 @@ def test_torchrun_goes_on_by_itself(way, text_file, cache, tmp_path, command):
         with open(folder / "said", "w") as said:
             run = subprocess.Popen(argv, env=environment(cache), stdout=said, stderr=said, start_new_session=True)
         for _ in range(times):
-            rank = chance.choice(ranks)
+            rank = chance.choice(who)
             while run.poll() is None and pid(folder, rank) in (0, *killed):
                 time.sleep(0.01)
             step = chance.randrange(25, 130) if "while" in way else 0

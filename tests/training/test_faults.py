@@ -19,7 +19,7 @@ from mini.tensors import load_tensors, save_tensors
 from mini.text.corpus import DataConfig
 from mini.text.tokens import open_tokens, prepare_tokens
 from mini.training import checkpoints
-from mini.training.devices import World
+from mini.training.ranks import World
 from mini.training.speed import Speedometer
 
 QUICK = [*TINY, "--sample_every", 0, "--eval_every", 0, "--log_every", 1, "--steps", 2]

@@ -21,8 +21,8 @@ from mini.errors import UserError
 from mini.tensors import load_tensors
 from mini.training import checkpoints, loop
 from mini.training.checkpoints import newest_checkpoint
-from mini.training.devices import World
 from mini.training.loop import TrainConfig, is_better, rescaled
+from mini.training.ranks import World
 from mini.training.start import open_run, open_task
 
 QUICK = [*TINY, "--sample_every", 0, "--eval_every", 0, "--log_every", 1]

@@ -8,9 +8,9 @@ from torch import nn
 from mini import GPT, Bert, ModelConfig, load_run
 from mini.tasks.base import Batch, Task
 from mini.tasks.lm import LanguageModelling
-from mini.training.devices import World
 from mini.training.loop import Losses, backward, count
 from mini.training.optim import OptimConfig, make_optimizers, roles
+from mini.training.ranks import World
 
 SIZE = dict(n_layers=2, n_heads=2, d_model=16, max_len=8, vocab_size=20)
 
