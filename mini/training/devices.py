@@ -80,15 +80,18 @@ def can_compile(device: torch.device, say: Callable) -> bool:
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
-def keep_memory() -> None:
-    """Tells glibc to keep freed memory for the next step instead of returning it to the system.
+def keep_memory(keep: bool = True) -> None:
+    """Tells glibc to keep freed memory for the next step instead of returning it to the system; or to return it.
 
-    Otherwise every large activation is fresh memory that the system first fills with zeros, page by page: a
-    training step on a CPU then takes about a quarter longer. Elsewhere (macOS, musl) this does nothing.
+    Returned, every large activation is fresh memory that the system first fills with zeros, page by page: a training
+    step on a CPU then takes about a quarter longer. Kept, it has gaps: what FSDP2 gathers and frees then takes two to
+    three times its room. Elsewhere (macOS, musl) this does nothing.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        if mallopt(M_MMAP_THRESHOLD, 2**30):  # old versions refuse; the others alone would not help
+        if not keep:
+            mallopt(M_MMAP_THRESHOLD, 2**16)
+        elif mallopt(M_MMAP_THRESHOLD, 2**30):  # old versions refuse; the others alone would not help
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
             mallopt(M_TOP_PAD, 2**28)
 

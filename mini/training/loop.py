@@ -125,7 +125,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     if objective.best and not eval_every:
         eval_every = -(-task.n // options.batch_size)  # each epoch
 
-    keep_memory()
+    keep_memory(not (options.shard and world.size > 1))
     peak_memory(world.device)  # what came before does not count
     model.train()
     model.stack.checkpoint_activations = options.checkpoint_activations
