@@ -18,7 +18,8 @@ from tqdm import tqdm
 from mini.errors import UserError
 from mini.training.devices import pick_device
 
-SILENCE = float(os.environ.get("MINI_SILENCE", 45))  # seconds without a sign of life, after which a rank is lost
+BEAT = 1.0  # seconds from one sign of life to the next
+SILENCE = float(os.environ.get("MINI_SILENCE", 45))  # seconds without any, after which a rank is lost
 GONE = b"gone"  # in place of the signs of life of a rank that has ended by itself, or not yet begun
 START_LIMIT = timedelta(minutes=5)  # for all ranks to be there
 
@@ -118,14 +119,14 @@ class World:
                 raise
             if not first:  # which says why
                 raise SystemExit(1) from None
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's is on its way, and this is worth three seconds
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's is on its way, and this is worth a moment
             raise UserError(self.loss(self.silent_ranks(), "its connection is closed")) from None
         finally:
             over.set()
             watch.join(5)
 
     def watch(self, over: threading.Event) -> None:
-        """Gives a sign of life every second, and ends this process once the next rank has given none for long.
+        """Gives signs of life, and ends this process once the next rank has given none for long.
 
         So each is watched by another, whatever they do meanwhile, be it hours of tokenizing in one of them.
         """
@@ -139,7 +140,7 @@ class World:
                     last, heard = now, time.monotonic()
                 elif time.monotonic() - heard > SILENCE:
                     self.end(self.loss([other], f"no sign of it for {SILENCE:.0f} s"))
-                over.wait(1)
+                over.wait(BEAT)
             store.set(f"alive/{self.rank}", GONE)
         except dist.DistError:  # the store is in torchrun or, without that, in rank 0
             if not over.wait(5):  # in which time this process may have come to its end, too
@@ -158,15 +159,15 @@ class World:
         return True
 
     def silent_ranks(self) -> list[int]:
-        """Those that give no sign of life for three seconds, and have not ended by themselves."""
+        """Those that give no sign of life just now, and have not ended by themselves."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         keys = [f"alive/{rank}" for rank in others]
         with contextlib.suppress(dist.DistError):
             before = self.store.multi_get(keys)
-            time.sleep(3)
+            time.sleep(3 * BEAT)
             now = self.store.multi_get(keys)
             return [rank for rank, a, b in zip(others, before, now, strict=True) if a == b != GONE]
-        return []
+        return [] if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else [0]  # which had the store
 
     def loss(self, ranks: list[int], how: str) -> str:
         """The line that says so."""

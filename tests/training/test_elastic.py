@@ -32,7 +32,7 @@ def start(text_file, cache, tmp_path):
         def prepare() -> None:
             said = os.open(tmp_path / f"said-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(said, 2)
-            ranks.SILENCE, add_up = silence, World.sum
+            ranks.BEAT, ranks.SILENCE, add_up = 0.2, silence, World.sum
 
             def signal_and_sum(world: World, tensor: torch.Tensor) -> torch.Tensor:
                 if world.rank == rank and world.doing == f"in step {step}":
@@ -69,14 +69,14 @@ def test_a_killed_rank_is_named_and_all_start_again(rank, start, whole, tmp_path
 
 def test_a_stopped_rank_is_noticed(start, tmp_path):
     """Its connection stays open, so that nothing breaks: it is its silence that is heard."""
-    first, stopped = start(1, signal.SIGSTOP, step=3, silence=5)
+    first, stopped = start(1, signal.SIGSTOP, step=3, silence=4)
     try:
         assert first.wait().returncode > 0
     finally:
         os.kill(stopped.process, signal.SIGKILL)
         stopped.wait()
     said = (tmp_path / "said-0").read_text()
-    assert "error: rank 1 was lost in step 3 (no sign of it for 5 s); the same command goes on\n" in said
+    assert "error: rank 1 was lost in step 3 (no sign of it for 4 s); the same command goes on\n" in said
 
 
 KILLS = {"rank 0 while it trains": ([0], 1), "rank 1 while it trains": ([1], 1), "any at any time": ([0, 1], 1),
