@@ -36,6 +36,8 @@ def start(text_file, cache, tmp_path):
 
             def signal_and_sum(world: World, tensor: torch.Tensor) -> torch.Tensor:
                 if world.rank == rank and world.doing == f"in step {step}":
+                    while step > 5 and not (tmp_path / "run" / "checkpoints" / "step-00000005").exists():
+                        time.sleep(0.01)  # it is written beside the training
                     os.kill(os.getpid(), number)
                 return add_up(world, tensor)
 
