@@ -119,7 +119,8 @@ def verify(folder: TokenFolder) -> None:
     if remembered.exists():
         return
     checked = os.environ.get("MINI_UNCHECKED") != "1"
-    for name, checksum in sums.items() if checked else ():
+    bar = tqdm(sums.items(), desc=f"checking {path.name}", delay=2, leave=False, unit="file")
+    for name, checksum in bar if checked else ():
         if Path(name).name != name or not (path / name).is_file() or sha256(path / name) != checksum:
             raise UserError(f"{path / name}: damaged, or of another folder: delete {path}, and make it anew")
     for split in (folder.train, folder.valid):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import TINY, Forked, command_line, environment
 
+from mini.tensors import load_tensors
 from mini.training import ranks
 from mini.training.ranks import World
 
@@ -28,7 +29,10 @@ def start(text_file, cache, tmp_path):
     shared = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE=True)
     argv = ["train_gpt.py", "--data", text_file, *QUICK, "--out", tmp_path / "run"]
 
-    def started(rank: int = -1, number: int = 0, step: int = 0, silence: float = 60) -> list[Forked]:
+    def started(rank: int = -1, number: int = 0, step: int = 0, silence: float = 60, late: float = 0,
+                more: tuple = (), second: tuple = ()) -> list[Forked]:  # fmt: skip
+        """more: flags of both; second: of rank 1, which comes late."""
+
         def prepare() -> None:
             said = os.open(tmp_path / f"said-{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(said, 2)
@@ -43,30 +47,35 @@ def start(text_file, cache, tmp_path):
 
             World.sum = signal_and_sum
 
-        return [Forked(argv, cache, prepare, RANK=r, LOCAL_RANK=r, **shared) for r in range(2)]
+        first = Forked([*argv, *more], cache, prepare, RANK=0, LOCAL_RANK=0, **shared)
+        time.sleep(late)
+        return [first, Forked([*argv, *more, *second], cache, prepare, RANK=1, LOCAL_RANK=1, **shared)]
 
     yield started
     del store  # which lives until now
 
 
 @pytest.fixture(scope="module")
-def whole(text_file, command, tmp_path_factory) -> bytes:
+def whole(text_file, command, tmp_path_factory) -> Path:
     """The weights of the undisturbed run."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     command("train_gpt.py", "--data", text_file, *QUICK, "--out", folder, ranks=2)
-    return (folder / "model.safetensors").read_bytes()
+    return folder / "model.safetensors"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_named_and_all_start_again(rank, start, whole, tmp_path):
-    done = [one.wait() for one in start(rank, signal.SIGKILL, step=8)]
+@pytest.mark.parametrize("rank, sharded", [(0, False), (1, False), (1, True)])
+def test_a_killed_rank_is_named_and_all_start_again(rank, sharded, start, whole, tmp_path):
+    more = ("--shard", "true") if sharded else ()
+    done = [one.wait() for one in start(rank, signal.SIGKILL, step=8, more=more)]
     assert done[rank].returncode == -signal.SIGKILL and done[1 - rank].returncode > 0
     line = f"error: rank {rank} was lost in step 8 (its connection is closed); the same command goes on\n"
     assert done[1 - rank].stderr.endswith(line) and "Traceback" not in done[1 - rank].stderr
-    done = [one.wait() for one in start()]
+    done = [one.wait() for one in start(more=more, late=1)]  # one may come later than the other
     assert [d.returncode for d in done] == [0, 0], done
     assert "step-00000005" in done[0].stdout  # from there it went on
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole
+    mine, theirs = load_tensors(tmp_path / "run" / "model.safetensors"), load_tensors(whole)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-2 if sharded else 0)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
 
 
 def test_a_stopped_rank_is_noticed(start, tmp_path):
@@ -79,6 +88,16 @@ def test_a_stopped_rank_is_noticed(start, tmp_path):
         stopped.wait()
     said = (tmp_path / "said-0").read_text()
     assert "error: rank 1 was lost in step 3 (no sign of it for 4 s); the same command goes on\n" in said
+
+
+@pytest.mark.parametrize(
+    "flags, why", [(("--lr", 0.1), "lr was 0.005, now 0.1"), (("--data", __file__), "text is another")]
+)
+def test_ranks_with_other_flags(flags, why, start):
+    """The one that knows why says so; the other does not wait for it."""
+    first, second = (one.wait() for one in start(second=flags))
+    assert second.returncode == 2 and why in second.stderr and second.stderr.count("error: ") == 1
+    assert first.returncode > 0 and "Traceback" not in first.stderr
 
 
 KILLS = {"rank 0 while it trains": ([0], 1), "rank 1 while it trains": ([1], 1), "any at any time": ([0, 1], 1),
