@@ -51,7 +51,7 @@ class BenchOptions(Checked):
     optimizer: str = option("adamw", "of the training", ("adamw", "muon"))
     data: str = option("tinyshakespeare", "the text of tokens: a file, a folder or a known corpus")
     device: str = option("auto", "auto, cpu, cuda, mps")
-    dtype: str = option("auto", "as in training", ("auto", "bfloat16", "float32"))
+    dtype: str = option("auto", "as in training", ("auto", "bfloat16", "float16", "float32"))
     compile: str = option("auto", "torch.compile; auto: for generation, and on GPUs", ("auto", "true", "false"))
     profile: str = option("", "a folder for trace.json, for chrome://tracing, of five steps; prints the dearest calls")
 

@@ -81,7 +81,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not error.filename or str(error.filename).endswith((".tmp", ".lock")):
+        if not error.filename or re.search(r"\.tmp(/|$)|\.lock$", str(error.filename)):
             error.filename = str(path)
         raise
 

@@ -1,4 +1,4 @@
-"""The loss of scores over a vocabulary, without ever holding all of them: a training has no larger tensor.
+"""The loss of scores over a vocabulary, without ever holding all of them: no other tensor of a training is as large.
 
 Shapes: N tokens, C channels, V vocabulary, R rows of the head's matrix: V, or more by vocab_multiple.
 """
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 1024  # tokens whose scores are there at one time
+IGNORE = -100  # a target that is not predicted
 
 
 @dataclass
@@ -28,11 +29,13 @@ def capped(scores: Tensor, cap: float) -> Tensor:
 
 
 def token_loss(logits: Tensor | Unscored, targets: Tensor) -> Tensor:
-    """The summed cross-entropy in nats of logits (.., V) and targets (..), of which negative ones do not count."""
+    """The summed cross-entropy in nats of logits (.., V) and targets (..), of which IGNORE does not count."""
     if isinstance(logits, Unscored):
-        x, head = logits.hidden.flatten(0, -2), logits.head  # (N, C)
-        return LossInParts.apply(x, head.weight, head.bias, targets.flatten(), logits.vocab_size, logits.cap)
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=-100)
+        x, weights = logits.hidden.flatten(0, -2), [logits.head.weight, logits.head.bias]  # (N, C)
+        if not torch.is_grad_enabled():  # else parameters would seem to need theirs
+            weights = [None if weight is None else weight.detach() for weight in weights]
+        return LossInParts.apply(x, *weights, targets.flatten(), logits.vocab_size, logits.cap)
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORE)
 
 
 class LossInParts(torch.autograd.Function):
@@ -47,6 +50,7 @@ class LossInParts(torch.autograd.Function):
         """x (N, C), weight (R, C), bias (R,), targets (N,) -> the sum over all targets of 0 or more."""
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        small = ROWS if dtype == torch.float16 else 1  # by which sums over rows are kept within what float16 holds
         W = weight.to(dtype)
         total = x.new_zeros((), dtype=torch.float32)
         to_x = []
@@ -56,25 +60,26 @@ class LossInParts(torch.autograd.Function):
             part = part.to(dtype)
             scores = F.linear(part, W, None if bias is None else bias.to(dtype))  # (n, R)
             logits = capped(scores[:, :V].float(), cap)
-            counts, target = (target >= 0)[:, None], target.clamp(min=0)[:, None]  # (n, 1)
+            counts, target = (target != IGNORE)[:, None], target.where(target != IGNORE, 0)[:, None]  # (n, 1)
             log_sum = logits.logsumexp(dim=-1, keepdim=True)
-            total += ((log_sum - logits.gather(1, target)) * counts).sum()
+            total += (log_sum - logits.gather(1, target)).where(counts, 0.0).sum()
             if not (needs_x or needs_weight or needs_bias):
                 continue
             slope = (logits - log_sum).exp_()  # (n, V): the softmax, and then the gradient
             slope.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-            slope *= counts * (1 - (logits / cap).square()) if cap else counts
-            slope = F.pad(slope.to(dtype), (0, len(W) - V))  # (n, R)
+            slope = (slope * (1 - (logits / cap).square()) if cap else slope).where(counts, 0.0)
+            slope = F.pad((slope / small).to(dtype), (0, len(W) - V))  # (n, R)
             if needs_x:
-                to_x.append((slope @ W).to(x.dtype))
+                to_x.append((slope @ W).to(x.dtype) * small)
             if needs_weight:
-                to_weight += slope.T @ part
+                to_weight.add_(slope.T @ part, alpha=small)
             if needs_bias:
-                to_bias += slope.sum(dim=0)
+                to_bias.add_(slope.sum(dim=0), alpha=small)
         ctx.save_for_backward(torch.cat(to_x) if needs_x else None, to_weight, to_bias)
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, slope: Tensor) -> tuple:
         """slope: of what the loss became a part of, by the loss."""
         return *(None if found is None else found * slope for found in ctx.saved_tensors), None, None, None

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from mini.errors import UserError
 from mini.model.config import ModelConfig
+from mini.model.scores import IGNORE as IGNORE  # for all tasks
 from mini.model.transformer import Model
 from mini.tasks.order import Grouped
 from mini.text.tokenizer import Tokenizer
-
-IGNORE = -100  # a target that is not predicted
 
 
 @dataclass
@@ -76,6 +75,7 @@ class Task:
     in_parts = False  # whether losses() is content with Unscored logits, as token_loss() is; else it gets them all
     predicted = 1.0  # the share of the tokens that meet the vocabulary
     unit = "examples"  # what n_valid counts
+    writes = False  # whether measure() lets the model write, each text as long as it becomes
     additive = True  # whether metrics() can judge the sums of a part of the validation examples
     labels: tuple[str, ...] | list[str] = ()  # of a classifier
     cut: ClassVar[dict[str, dict[str, int]]] = {}  # of running text, which is tiled, nothing

@@ -38,7 +38,7 @@ class Denoising(NextToken):
     the text's number alone. What is shuffled moves no further than FAR (Lample et al. 2018, §2.3).
     """
 
-    Config, pretrains, fixed_shape, unit = DenoiseConfig, True, True, "texts"
+    Config, pretrains, fixed_shape, writes, unit = DenoiseConfig, True, True, True, "texts"
     special_tokens = ("[MASK]", "[SEP]")
     teaches, joint = False, "\n-> "
 

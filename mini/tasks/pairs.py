@@ -35,7 +35,7 @@ class PromptAnswers(NextToken, FileTask):
     (copied_..) those of the prompts' first sentences. "python-docs": docstrings' bodies and their first lines.
     """
 
-    Config, best = PairsConfig, "val_loss"
+    Config, best, writes = PairsConfig, "val_loss", True
     files = (".jsonl", ".tsv", ".csv", "python-docs")
 
     def __init__(self, train: str, valid: str, tokenizer: Tokenizer, max_len: int, seed: int, batch_size: int,

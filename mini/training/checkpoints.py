@@ -70,7 +70,9 @@ def save_together(path: Path, tensors: dict[str, torch.Tensor], world: World) ->
         save_tensors(path, tensors)
         return
     with storage.atomic_file(path) if world.main else contextlib.nullcontext() as temporary:
-        write_tensors(Path(world.agree(str(temporary))), {n: held(t) for n, t in tensors.items()}, lead=world.main)
+        shared = Path(world.agree(str(temporary)))
+        write_tensors(shared, {name: held(tensor) for name, tensor in tensors.items()}, lead=world.main)
+        storage.fsync(shared)
         world.wait()
     world.wait()  # until it has its name
 
@@ -108,7 +110,7 @@ class Writer:
 
     The main process writes them or, of what is sharded, every process its rows into the same files. They talk through
     the files alone, for the training's own messages are on their way meanwhile: a process that has written its rows
-    leaves the mark .done-RANK, and the main one ends the checkpoint once all marks are there.
+    leaves the mark .done-RANK, or .failed-RANK, and the main one ends the checkpoint once all marks are there.
     """
 
     def __init__(self, folder: Path, keep: int, world: World):
@@ -134,6 +136,11 @@ class Writer:
             copies[file] = {name: r._replace(tensor=r.tensor.to("cpu", copy=True)) for name, r in rows.items()}
         self.pending = self.thread.submit(self.write, copies, dict(state))
 
+    def check(self) -> None:
+        """Raises what went wrong, as soon as it has."""
+        if self.pending and self.pending.done():
+            self.wait()
+
     def wait(self) -> Path | None:
         """Until the last one is on the disk; returns it. Raises what went wrong there."""
         pending, self.pending = self.pending, None
@@ -143,18 +150,23 @@ class Writer:
         path = self.folder / "checkpoints" / f"step-{state['step']:08d}"
         if not self.world.main:
             temporary = storage.beside(path.resolve(), self.made_by)
-            temporary.mkdir(parents=True, exist_ok=True)
-            for name, rows in files.items():
-                write_tensors(temporary / name, rows, lead=False)
-                storage.fsync(temporary / name)
-            (temporary / f".done-{self.world.rank}").touch()
+            try:
+                with storage.naming(path):
+                    temporary.mkdir(parents=True, exist_ok=True)
+                    for name, rows in files.items():
+                        write_tensors(temporary / name, rows, lead=False)
+                        storage.fsync(temporary / name)
+                (temporary / f".done-{self.world.rank}").touch()
+            except OSError:
+                (temporary / f".failed-{self.world.rank}").touch()
+                raise
             return path
         with storage.atomic_folder(path) as temporary:
             for name, rows in files.items():
                 write_tensors(temporary / name, rows)
             for rank in range(1, self.world.size if self.world.sharded else 1):
                 while not (mark := temporary / f".done-{rank}").exists():
-                    if self.left.wait(0.02):
+                    if (temporary / f".failed-{rank}").exists() or self.left.wait(0.02):
                         raise UserError(f"{path}: not written, as the rows of rank {rank} did not come")
                 mark.unlink()
             checksums = {file.name: storage.sha256(file) for file in sorted(temporary.iterdir())}
@@ -192,7 +204,7 @@ def keep_best(folder: Path, model: nn.Module, step: int, world: World) -> str:
     save_together(best_file(folder, step), served(model), world)
     if world.main:
         drop_best(folder, best_steps(folder) | {step})
-    return storage.sha256(best_file(folder, step))
+    return storage.sha256(best_file(folder, step)) if world.main else ""
 
 
 def load_best(folder: Path, model: nn.Module, state: dict) -> None:

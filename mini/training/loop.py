@@ -67,7 +67,9 @@ class TrainConfig(Checked):
                         ("auto", "bfloat16", "float16", "float32"))  # fmt: skip
     compile: str = option("auto", "torch.compile; auto: on GPUs (CPUs' sums would vary)", ("auto", "true", "false"))
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory")
-    shard: bool = option(False, "each rank holds a share of the model and of the optimizer's state", resume=True)
+    shard: bool = option(
+        False, "each rank holds a share of the model and optimizer (blocks gathered in --dtype)", resume=True
+    )
     eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch", low=0)
     eval_tokens: int = option(0, "validation tokens that evaluations of lm before the last use; 0: all", low=0)
     log_every: int = option(10, "steps between lines of metrics.jsonl", resume=True, low=1)
@@ -132,7 +134,9 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     dtype = pick_dtype(options.dtype, world.device)
     model.freeze_unused()
     losses_of: nn.Module = Losses(model, objective)
-    if options.shard and world.size > 1:
+    if options.shard and world.size == 1:
+        world.say("--shard true: one process holds everything; torchrun starts several")
+    elif options.shard:
         shard(losses_of, model.stack.blocks, dtype, world)
     model.to(world.device)
     # In fewer steps than there are turns, each matrix has its turn all the same.
@@ -140,7 +144,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     state = resume(model, optimizers, folder, world)
     if state["step"] > steps:
         raise UserError(f"{folder}: its checkpoint is of step {state['step']:,}, and the run has {steps:,}")
-    if dtype == torch.float16 and not state["step"]:
+    if dtype == torch.float16 and state["scale"] == 1:  # also of a run that begun in another
         state["scale"] = FIRST_SCALE
 
     # On CPUs compiled code adds in an order that varies with several threads: runs would not repeat to the bit.
@@ -163,12 +167,13 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     bar = progress_bar(total=steps, initial=state["step"], disable=not (world.main and steps), unit="step")
     writer, thread = checkpoints.Writer(folder, options.keep, world), ThreadPoolExecutor(1)
     with Interrupts() as interrupts, bar, writer, thread:
-        coming = thread.submit(ready, state["step"])
+        coming = thread.submit(ready, state["step"]) if state["step"] < steps else None
         for step in range(state["step"], steps):
             world.doing = f"in step {step + 1:,}"
+            writer.check()
             clock = time.perf_counter()
             batches = coming.result()
-            coming = thread.submit(ready, min(step + 1, steps - 1))
+            coming = thread.submit(ready, step + 1) if step + 1 < steps else None
             counts, n_tokens, (stop, spent) = count(objective, batches, world, interrupts.received, clock - began)
             # Where there is a limit, as far along as the clock is, or the steps.
             at = max(step, min(steps - 1, int(spent / options.max_seconds * steps))) if options.max_seconds else step
@@ -183,12 +188,10 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
             *values, norm = torch.stack([*sums.values(), norm]).tolist()  # here alone a step waits for its device
             losses = {name: value / counts.get(name, n_tokens) for name, value in zip(sums, values, strict=True)}
             loss = sum(weights[name] * value for name, value in losses.items())
-            lost = (
-                dtype == torch.float16 and not math.isfinite(norm) and state["scale"] > 1
-            )  # gradients too large for it
+            # Gradients that are too large for float16 make no step.
+            lost = dtype == torch.float16 and not math.isfinite(norm) and state["scale"] > 1
             if not (math.isfinite(loss) and (math.isfinite(norm) or lost)):
-                writer.wait()
-                raise diverged(step + 1, f"the loss is {loss} and the gradient norm {norm}", step, folder)
+                raise diverged(step + 1, f"the loss is {loss} and the gradient norm {norm}", step, folder, writer)
             if dtype == torch.float16:
                 state |= rescaled(state, lost)
             for optimizer in optimizers:
@@ -203,13 +206,8 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
 
             evaluating = last or falls_on(done, eval_every)
             if evaluating or falls_on(done, options.log_every):
-                row = {
-                    "step": done,
-                    "loss": loss,
-                    "lr": optim.lr * share,
-                    "grad_norm": None if lost else norm,
-                    **speed.since_last(state),
-                }
+                row = {"step": done, "loss": loss, "lr": optim.lr * share, "grad_norm": None if lost else norm}
+                row |= speed.since_last(state)
                 if len(losses) > 1:
                     row |= losses
                 postfix = f"loss {loss:.3f}, lr {row['lr']:.2g}, {row['tokens_per_s']:,.0f} tokens/s"
@@ -218,7 +216,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
                     with whole(losses_of):
                         figures = evaluate(model, task, world, dtype, size, 0 if last else options.eval_tokens)
                     if not math.isfinite(figures["val_loss"]):
-                        raise diverged(done, f"the validation loss is {figures['val_loss']}", done, folder)
+                        raise diverged(done, f"the validation loss is {figures['val_loss']}", done, folder, writer)
                     row |= {name: value for name, value in figures.items() if isinstance(value, float)}
                     world.say(f"step {done:>{len(str(steps))}}: " + describe(figures))
                     if objective.best and (last or settled) and is_better(figures, state["best"], objective.best):
@@ -405,12 +403,13 @@ def measure(
 ) -> Iterator[dict[str, Tensor]]:
     """What metrics() needs the sums of, for each validation batch that is this rank's.
 
-    All compute equally many, as shares of a model are gathered for all; what is another's counts nothing.
+    All compute equally many, as shares of a model are gathered for all; what is another's counts nothing. Where a task
+    writes, one token more in one of them is one gathering more: all then judge the same, and the first one's counts.
     """
     model.eval()
-    batches = task.validation(batch_size, limit)
+    batches, at_once = task.validation(batch_size, limit), 1 if world.sharded and task.writes else world.size
     with progress_bar(desc="evaluating", leave=False, delay=2, disable=not world.main, unit="batch") as progress:
-        while dealt := list(itertools.islice(batches, world.size)):
+        while dealt := list(itertools.islice(batches, at_once)):
             mine = world.rank < len(dealt)
             batch = dealt[world.rank if mine else 0]
             with autocast(world.device, dtype):
@@ -444,8 +443,9 @@ def show_sample(model: nn.Module, task: Task, world: World, dtype: torch.dtype) 
         world.say("\n".join("    | " + line for line in text.splitlines()))
 
 
-def diverged(step: int, what: str, bad: int, folder: Path) -> UserError:
+def diverged(step: int, what: str, bad: int, folder: Path, writer: checkpoints.Writer) -> UserError:
     """bad: the number of steps after which the weights were no longer good."""
+    writer.wait()
     good = checkpoints.newest_checkpoint(folder, before=bad)
     return UserError(
         f"step {step}: {what}, so the run stops here. Last good checkpoint: {good or 'none'}. "
@@ -463,7 +463,7 @@ class Interrupts:
 
     def note(self, number: int, frame: object) -> None:
         if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            os._exit(130)  # and not wait for a checkpoint that is being written: it is whole, or not there
         self.received = number
         if os.environ.get("RANK", "0") == "0":  # not print(), in the middle of which the signal may have come
             os.write(2, b"\nstopping after this step; Ctrl-C once more ends at once\n")

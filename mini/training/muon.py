@@ -67,13 +67,12 @@ class Muon(torch.optim.Optimizer):
             turn = int(self.state[params[0]]["step"])  # all have counted as far
             due, ahead = [], []
             for i, p in enumerate(params):
-                self.state[p]["step"] += 1
+                self.state[p]["step"] = self.state[p]["step"].cpu() + 1  # a checkpoint's may lie on the device
                 if (i + turn) % self.turns or p.grad is None:
                     continue
-                due.append(p)  # Nesterov: look one step ahead
-                ahead.append(
-                    torch.lerp(*(held(t).tensor for t in (p.grad, self.state[p]["momentum"])), group["momentum"])
-                )
+                gradient, momentum = held(p.grad).tensor, held(self.state[p]["momentum"]).tensor
+                due.append(p)
+                ahead.append(torch.lerp(gradient, momentum, group["momentum"]))  # Nesterov: look one step ahead
             for p, step in zip(due, self.orthogonalized(due, ahead), strict=True):
                 held(p).tensor.mul_(1 - rate * group["weight_decay"]).add_(step, alpha=-rate)
 

@@ -19,7 +19,7 @@ from mini.errors import UserError
 from mini.training.devices import pick_device
 
 BEAT = 1.0  # seconds from one sign of life to the next
-SILENCE = float(os.environ.get("MINI_SILENCE", 45))  # seconds without any, after which a rank is lost
+SILENCE = os.environ.get("MINI_SILENCE", "45")  # seconds without any, after which a rank is lost
 GONE = b"gone"  # in place of the signs of life of a rank that has ended by itself, or not yet begun
 START_LIMIT = timedelta(minutes=5)  # for all ranks to be there
 
@@ -34,6 +34,10 @@ class World:
         self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.doing = "at the start"  # for messages
         if self.size > 1:
+            try:
+                self.silence = float(SILENCE)
+            except ValueError:
+                raise UserError(f"MINI_SILENCE={SILENCE}: expected a number of seconds") from None
             backend = "cpu:gloo,cuda:nccl" if self.on_gpu else "gloo"  # what CPUs tell one another waits for no GPU
             self.store = meet(self.rank, self.size)
             own = dict(store=self.store, rank=self.rank, world_size=self.size)
@@ -115,6 +119,7 @@ class World:
             yield
         except BaseException as error:
             first = self.first_to_end()
+            # A RuntimeError from gloo's own source, such as "[../gloo/transport/tcp/pair.cc:553] Connection closed".
             if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             if not first:  # which says why
@@ -138,8 +143,8 @@ class World:
                 now = store.get(f"alive/{other}")
                 if now != last or now == GONE:
                     last, heard = now, time.monotonic()
-                elif time.monotonic() - heard > SILENCE:
-                    self.end(self.loss([other], f"no sign of it for {SILENCE:.0f} s"))
+                elif time.monotonic() - heard > self.silence:
+                    self.end(self.loss([other], f"no sign of it for {self.silence:.0f} s"))
                 over.wait(BEAT)
             store.set(f"alive/{self.rank}", GONE)
         except dist.DistError:  # the store is in torchrun or, without that, in rank 0
@@ -195,7 +200,10 @@ def meet(rank: int, size: int) -> dist.Store:
     name = word = secrets.token_hex(8)
     if rank > 0:
         store.set(f"word/{rank}", word)
-        name = store.get(f"answer/{word}").decode()  # waits for it
+        try:
+            name = store.get(f"answer/{word}").decode()  # waits for it
+        except dist.DistStoreError:
+            raise UserError(f"rank {rank} waited for rank 0, which did not come in time") from None
     mine = dist.PrefixStore(name, store)
     mine.set(f"alive/{rank}", GONE)
     deadline = time.monotonic() + START_LIMIT.total_seconds()

@@ -17,7 +17,8 @@ def shard(losses_of: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype, world
     """Leaves in this process its rows of all parameters, on its device, as DTensors of float32.
 
     losses_of: the module whose forward pass a training calls; what is not in a block is whole all through it.
-    dtype: of matrix products, in which blocks are gathered: half the bytes, and no copy for autocast to keep.
+    dtype: of matrix products, in which blocks are gathered, their norms' gains too: in bfloat16 half the bytes, and no
+    copies for autocast to keep.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

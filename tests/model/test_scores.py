@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mini import GPT, Bert, ModelConfig
 from mini.model import scores
@@ -92,11 +93,28 @@ def test_no_tensor_as_large_as_the_logits_is_kept():
     loss.backward()
 
 
-def test_judging_holds_no_more():
-    """Without gradients the same loss, a few rows at a time."""
+def test_judging_computes_no_gradient():
     x, head, targets = torch.randn(50, 6), nn.Linear(6, 30), torch.randint(30, (50,))
-    with torch.no_grad():
-        torch.testing.assert_close(token_loss(Unscored(x, head, 30, 0.0), targets), token_loss(head(x), targets))
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        found = token_loss(Unscored(x, head, 30, 0.0), targets)
+    assert counted.get_total_flops() == 2 * 50 * 6 * 30
+    torch.testing.assert_close(found, token_loss(head(x), targets))
+
+
+def test_float16_recovers_from_a_scale_that_is_too_large():
+    """Sums over a thousand rows of one target stay within what it holds."""
+    x = torch.full((1024, 4), 200.0, dtype=torch.float16, requires_grad=True)
+    head = nn.Linear(4, 8, bias=False).half()
+    nn.init.zeros_(head.weight)
+    loss = token_loss(Unscored(x, head.float(), 8, 0.0), torch.zeros(1024, dtype=torch.int64))
+    (slope,) = torch.autograd.grad(loss, head.weight)
+    assert torch.isfinite(slope).all() and float(slope[0, 0]) == pytest.approx(-1024 * 200 * 7 / 8, rel=1e-2)
+
+
+def test_what_does_not_count_may_be_no_number():
+    x = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])
+    head, targets = nn.Linear(2, 3), torch.tensor([1, -100])
+    torch.testing.assert_close(token_loss(Unscored(x, head, 3, 0.0), targets), token_loss(head(x), targets))
 
 
 def test_compiled():

@@ -250,11 +250,12 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(text_file, tmp_path, c
 
 def test_training_goes_on_while_a_checkpoint_is_written(text_file, tmp_path, command, monkeypatch):
     """And what is written is of the step that it is named after."""
-    log, write = tmp_path / "run" / "metrics.jsonl", checkpoints.write_tensors
+    log, write, went_on = tmp_path / "run" / "metrics.jsonl", checkpoints.write_tensors, []
 
     def slow(path, tensors, lead=True):
-        for _ in range(1000):  # until the next step is logged
-            if "step-00000002" not in str(path) or '"step": 3' in log.read_text():
+        for _ in range(6000 * ("step-00000002" in str(path))):  # until the next step is logged
+            if '"step": 3' in log.read_text():
+                went_on.append(path.name)
                 break
             time.sleep(0.01)
         write(path, tensors, lead)
@@ -263,6 +264,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(text_file, tmp_path, com
     command(*flags, "--out", tmp_path / "before")
     monkeypatch.setattr(checkpoints, "write_tensors", slow)
     command(*flags, "--out", tmp_path / "run")
+    assert went_on == ["model.safetensors", "optimizer.safetensors"]
     for step in (2, 4):
         for name in ("model.safetensors", "optimizer.safetensors"):
             a, b = (tmp_path / run / "checkpoints" / f"step-0000000{step}" / name for run in ("before", "run"))

@@ -1,13 +1,15 @@
 """A model cut into shares learns what a whole one does, and is written as one."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from conftest import TINY, last_json, metrics
+from conftest import TINY, last_json, metrics, run_ranks
 
 from mini import load_run
 from mini.tensors import held, load_tensors, write_tensors
+from mini.training import checkpoints
 
 QUICK = [*TINY, "--dtype", "float32", "--eval_every", 7, "--sample_every", 0, "--log_every", 1]
 
@@ -100,3 +102,31 @@ def test_ranks_write_one_file(ranks, tmp_path):
         write_tensors(tmp_path / "shares", rows, lead=rank == 0)
     assert (tmp_path / "shares").read_bytes() == (tmp_path / "whole").read_bytes()
     torch.testing.assert_close(load_tensors(tmp_path / "shares"), tensors)
+
+
+def test_sharded_tasks_that_write(tmp_path, command):
+    """Each token of an answer gathers the model: all ranks write the same ones, of unequal number and length."""
+    rows = [{"prompt": f"{i} letters:", "answer": "x" * (1 + i % 7)} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--train", tmp_path / "pairs.jsonl", "--valid", tmp_path / "pairs.jsonl", "--n_judged", 3]
+    flags = ["train_gpt.py", "--task", "pairs", *files, *TINY, "--dtype", "float32", "--steps", 4, "--eval_every", 2]
+    results = [last_json(command(*flags, "--shard", sharded, "--out", tmp_path / sharded, ranks=2))
+               for sharded in ("true", "false")]  # fmt: skip
+    assert results[0]["val_loss"] == pytest.approx(results[1]["val_loss"], rel=1e-4)
+    assert results[0].keys() == results[1].keys() and "bleu" in results[0]
+
+
+def test_rows_that_cannot_be_written_end_all_ranks(text_file, tmp_path, cache, monkeypatch):
+    """A disk that is full for one of them: it says so, none waits for it, and nothing half-written stays."""
+    write = checkpoints.write_tensors
+
+    def full(path, tensors, lead=True):
+        if not lead and "step-" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        write(path, tensors, lead)
+
+    monkeypatch.setattr(checkpoints, "write_tensors", full)  # which the ranks inherit
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 60, "--checkpoint_every", 3, "--shard", "true"]
+    done = run_ranks([*flags, "--out", tmp_path / "run"], cache, 2)
+    assert done.returncode > 0 and "step-00000003: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr and not list((tmp_path / "run" / "checkpoints").iterdir())
