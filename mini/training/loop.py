@@ -67,9 +67,7 @@ class TrainConfig(Checked):
                         ("auto", "bfloat16", "float16", "float32"))  # fmt: skip
     compile: str = option("auto", "torch.compile; auto: on GPUs (CPUs' sums would vary)", ("auto", "true", "false"))
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass: less memory")
-    shard: bool = option(
-        False, "each rank holds a share of the model and optimizer (blocks gathered in --dtype)", resume=True
-    )
+    shard: bool = option(False, "each rank holds a share of model and optimizer; blocks work in --dtype", resume=True)
     eval_every: int = option(250, "steps between evaluations; 0: at the end only, when fine-tuning each epoch", low=0)
     eval_tokens: int = option(0, "validation tokens that evaluations of lm before the last use; 0: all", low=0)
     log_every: int = option(10, "steps between lines of metrics.jsonl", resume=True, low=1)
