@@ -72,7 +72,9 @@ def bench(options: BenchOptions, config: ModelConfig) -> None:
         Path(options.profile).mkdir(parents=True, exist_ok=True)
     world = World(options.device)
     if options.what == "gpu" and options.device == "auto" and not world.on_gpu:
-        raise UserError("--what gpu: PyTorch finds no NVIDIA GPU here; --device cpu measures the same, for hours")
+        raise UserError(
+            "--what gpu: PyTorch finds no NVIDIA GPU here (--device cpu would take hours; --what train is quick)"
+        )
     dtype = pick_dtype(options.dtype, world.device)
     figures = {
         "device": f"{world.device} ({device_name(world.device)}, {torch.get_num_threads()} threads)",

@@ -100,7 +100,7 @@ def ends_bytes(c: ModelConfig, B: int, T: int, predicted: float, a: int, cpu: bo
 def loss_bytes(c: ModelConfig, rows: int, tokens: float, a: int) -> float:
     """LossInParts: the gradients of weight and states, and beside them W, a product and ROWS scores, or both anew."""
     weight, states, short, cap = rows * c.d_model, 4 * tokens * c.d_model, a if a == 2 else 0, bool(c.logit_softcap)
-    score = a + 4 * bool(short or cap) + 4 + max(short + a, 8 * cap)  # scores, logits, slope, copies of it
+    score = (12 if a == 4 else 16) + 8 * cap  # scores, logits, their softmax, some of those of the rows before
     return 4 * weight + states + max(weight * (short + a) + min(ROWS, tokens) * rows * score, 4 * weight + states)
 
 
@@ -203,6 +203,10 @@ def plan(o: PlanOptions, c: ModelConfig, optim: OptimConfig, train: TrainConfig,
     """Prints what each GPU holds, computes and sends, which of these is short, and last all as one JSON object."""
     if c.block == "lstm":
         raise UserError("--block lstm: what it keeps is not known here, only that of transformers")
+    if {"steps", "tokens"} <= given:
+        raise UserError("--steps and --tokens: give one of them")
+    if "tokens" in given and not train.tokens:
+        raise UserError("--tokens 0: must be more than 0")
     if c.causal and (unused := given & MASKED):
         raise UserError(f"--{min(unused)} is of a BERT's training: give --preset bert-base, say")
     parts, asked = o.gpus * train.accumulation, train.batch_size
@@ -238,7 +242,7 @@ def plan(o: PlanOptions, c: ModelConfig, optim: OptimConfig, train: TrainConfig,
           + ", ".join(f"{name} {value / 1e9:,.3g}" for name, value in held.items() if value))  # fmt: skip
     print(f"{time['step_seconds']:.3g} s a step: {time['arithmetic_seconds']:.3g} s for {time['flops']:.3g} FLOPs of a "
           f"GPU at {o.utilisation:.0%} of its speed, which is assumed; {time['link_seconds']:.3g} s for the "
-          f"{time['bytes_sent'] / 1e9:.3g} GB that it sends, meanwhile where the loop does so")  # fmt: skip
+          f"{time['bytes_sent'] / 1e9:.3g} GB that it sends, at the same time where the loop lets them be")  # fmt: skip
     hours = figures["seconds"] / 3600
     print(f"{figures['tokens']:,} tokens in {hours:,.3g} hours, {hours * o.gpus:,.3g} of a GPU; what limits it: "
           f"{figures['bottleneck']}")  # fmt: skip

@@ -216,6 +216,8 @@ def test_tokens_are_steps(command):
         (["--preset", "gpt3"], "unknown preset gpt3 (did you mean gpt2"),
         (["--link", "-1"], "--link -1.0: must be at least 1"),
         (["--lr", 1], "unknown flag --lr"),
+        (["--steps", 9, "--tokens", 1e6], "--steps and --tokens"),
+        (["--tokens", 0], "--tokens 0"),
         (["--block", "lstm"], "--block lstm"),
         (["--mask_rate", 0.1], "--mask_rate is of a BERT's training"),
         (["--gpus", 3, "--batch_size", 4], "--batch_size 4 cannot be cut into 3 ranks x 1 parts"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = 1024  # tokens whose scores are there at one time
+ROWS = 512  # tokens whose scores are there at one time
 IGNORE = -100  # a target that is not predicted
 
 
@@ -61,20 +61,23 @@ class LossInParts(torch.autograd.Function):
             scores = F.linear(part, W, None if bias is None else bias.to(dtype))  # (n, R)
             logits = capped(scores[:, :V].float(), cap)
             counts, target = (target != IGNORE)[:, None], target.where(target != IGNORE, 0)[:, None]  # (n, 1)
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).where(counts, 0.0).sum()
+            log_p = logits.log_softmax(dim=-1)  # (n, V)
+            total -= log_p.gather(1, target).where(counts, 0.0).sum()
             if not (needs_x or needs_weight or needs_bias):
                 continue
-            slope = (logits - log_sum).exp_()  # (n, V): the softmax, and then the gradient
-            slope.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-            slope = (slope * (1 - (logits / cap).square()) if cap else slope).where(counts, 0.0)
-            slope = F.pad((slope / small).to(dtype), (0, len(W) - V))  # (n, R)
+            slope = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype))  # (n, V)
+            if cap:
+                slope *= 1 - (logits / cap).square()
+            if small > 1:
+                slope /= small
+            slope = F.pad(slope.to(dtype), (0, len(W) - V)) if len(W) > V else slope.to(dtype)  # (n, R)
+            # What does not count is taken out of the small factors: another pass over the scores would take longer.
             if needs_x:
-                to_x.append((slope @ W).to(x.dtype) * small)
+                to_x.append((slope @ W).to(x.dtype).masked_fill_(~counts, 0.0) * small)
             if needs_weight:
-                to_weight.add_(slope.T @ part, alpha=small)
+                to_weight.add_(slope.T @ part.masked_fill(~counts, 0.0), alpha=small)
             if needs_bias:
-                to_bias.add_(slope.sum(dim=0), alpha=small)
+                to_bias.add_((counts.T.to(dtype) @ slope)[0], alpha=small)
         ctx.save_for_backward(torch.cat(to_x) if needs_x else None, to_weight, to_bias)
         return total
 

@@ -136,6 +136,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         world.say("--shard true: one process holds everything; torchrun starts several")
     elif options.shard:
         shard(losses_of, model.stack.blocks, dtype, world)
+        world.say(f"sharded: each of the {world.size} processes holds its rows of every matrix; no sample at the end")
     model.to(world.device)
     # In fewer steps than there are turns, each matrix has its turn all the same.
     optimizers = make_optimizers(model, replace(optim, turns=min(optim.turns, max(1, steps))), world)
