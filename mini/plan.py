@@ -100,7 +100,7 @@ def ends_bytes(c: ModelConfig, B: int, T: int, predicted: float, a: int, cpu: bo
 def loss_bytes(c: ModelConfig, rows: int, tokens: float, a: int) -> float:
     """LossInParts: the gradients of weight and states, and beside them W, a product and ROWS scores, or both anew."""
     weight, states, short, cap = rows * c.d_model, 4 * tokens * c.d_model, a if a == 2 else 0, bool(c.logit_softcap)
-    score = (12 if a == 4 else 16) + 8 * cap  # scores, logits, their softmax, some of those of the rows before
+    score = (8 if a == 4 else 12) + 8 * cap + 4 * (tokens > ROWS)  # scores, logits, softmax; those of the rows before
     return 4 * weight + states + max(weight * (short + a) + min(ROWS, tokens) * rows * score, 4 * weight + states)
 
 
