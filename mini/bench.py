@@ -131,7 +131,7 @@ def profile_training(options: BenchOptions, config: ModelConfig, world: World) -
     out, kinds = Path(options.profile) / "trace.json", [ProfilerActivity.CPU]
     kinds += [ProfilerActivity.CUDA] * world.on_gpu
     with profile(activities=kinds) as watched:
-        training_speed(replace(options, steps=20, profile=""), *random_task(options, config), world, steps=5)
+        training_speed(options, *random_task(options, config), world, steps=5)
     with atomic_file(out) as temporary:
         watched.export_chrome_trace(str(temporary))
     on = "device" if world.on_gpu else "cpu"

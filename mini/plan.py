@@ -128,9 +128,8 @@ def memory(model: Model, o: PlanOptions, train: TrainConfig, optim: OptimConfig,
     stays = train.accumulation > 1 or (n > 1 and not train.shard)  # gradients, through the next forward pass: DDP's do
     first = 4 * P / s if stays else 0 if train.shard else table + 4 * blocks[-1]
     root, group = 4 * (P - sum(blocks)), (3 * a + 4) * largest  # all but blocks; two blocks, a gradient, what is sent
-    share = (
-        4 * muon / optim.turns * (1 / s + 3 / n + (n > 1) / s)
-    )  # whose turn it is: updates, own work and steps, others'
+    # Of matrices whose turn it is: updates, own work and steps, others'.
+    share = 4 * muon / optim.turns * (1 / s + 3 / n + (n > 1) / s)
     loss = loss_bytes(c, len(head.weight), B * T * predicted, a)
     judged = min(ROWS, B * T) if c.causal else B * T * predicted  # whose logits are there at once
     whole = judged * len(head.weight) * (12 if c.logit_softcap else 8 + 2 * (a == 2))

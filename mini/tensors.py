@@ -50,9 +50,14 @@ def held(tensor: torch.Tensor) -> Rows:
     tensor = tensor.detach()
     if not hasattr(tensor, "to_local"):
         return Rows(tensor, 0, tensor.shape, True)
-    share = -(-len(tensor) // tensor.device_mesh.size())  # rows, as torch.chunk deals them out
-    first = min(len(tensor), share * tensor.device_mesh.get_local_rank())
+    first, _ = share_of(len(tensor), tensor.device_mesh.get_local_rank(), tensor.device_mesh.size())
     return Rows(tensor.to_local(), first, tensor.shape, False)
+
+
+def share_of(rows: int, rank: int, size: int) -> tuple[int, int]:
+    """From which row up to which a process holds a sharded tensor, as torch.chunk deals them out."""
+    share = -(-rows // size)
+    return min(rank * share, rows), min((rank + 1) * share, rows)
 
 
 def put(target: torch.Tensor, source: torch.Tensor) -> None:

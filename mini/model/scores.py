@@ -47,7 +47,7 @@ class LossInParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, V: int, cap: float) -> Tensor:
-        """x (N, C), weight (R, C), bias (R,), targets (N,) -> the sum over all targets of 0 or more."""
+        """x (N, C), weight (R, C), bias (R,), targets (N,) -> the sum over all targets but IGNORE, ()."""
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         small = ROWS if dtype == torch.float16 else 1  # by which sums over rows are kept within what float16 holds

@@ -143,7 +143,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
     state = resume(model, optimizers, folder, world)
     if state["step"] > steps:
         raise UserError(f"{folder}: its checkpoint is of step {state['step']:,}, and the run has {steps:,}")
-    if dtype == torch.float16 and state["scale"] == 1:  # also of a run that begun in another
+    if dtype == torch.float16 and state["scale"] == 1:  # also of a run that began in another
         state["scale"] = FIRST_SCALE
 
     # On CPUs compiled code adds in an order that varies with several threads: runs would not repeat to the bit.
@@ -317,17 +317,19 @@ def micro_batches(task: Task, step: int, size: int, options: TrainConfig, world:
     return [(seed, batch.pin()) for seed, batch in batches] if world.on_gpu else batches
 
 
-def count(objective: object, batches: list[tuple[int, Batch]], world: World, signal: int = 0,
+def count(objective: object, batches: list[tuple[int, Batch]], world: World, received: int = 0,
           seconds: float = 0.0) -> tuple[dict[str, int], int, tuple[int, float]]:  # fmt: skip
     """Of all ranks: {loss: predictions}, real tokens, (a signal that one of them has received, rank 0's seconds)."""
     counted = [objective.counts(batch) for _, batch in batches]
     if any(counts.keys() != counted[0].keys() for counts in counted):
         raise ValueError(f"micro-batches count different losses: {sorted(map(sorted, counted))}")
     numbers = [sum(counts[name] for counts in counted) for name in counted[0]]
-    numbers += [sum(batch.n_tokens for _, batch in batches), signal, round(1e6 * seconds) * world.main, signal > 0]
-    *totals, n_tokens, signals, microseconds, ranks = world.sum(torch.tensor(numbers)).tolist()
+    numbers += [sum(batch.n_tokens for _, batch in batches), round(1e6 * seconds) * world.main]
+    numbers += [received == signal.SIGINT, received == signal.SIGTERM]
+    *totals, n_tokens, microseconds, interrupted, ended = world.sum(torch.tensor(numbers)).tolist()
     counts = dict(zip(counted[0], totals, strict=True))
-    return counts, n_tokens, (signals // max(1, ranks), microseconds / 1e6)
+    stop = signal.SIGTERM if ended else signal.SIGINT if interrupted else 0  # some may have had one, some the other
+    return counts, n_tokens, (int(stop), microseconds / 1e6)
 
 
 def backward(losses_of: nn.Module, objective: object, extra_weights: dict[str, float],

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mini.tensors import held
+from mini.tensors import held, share_of
 from mini.training.ranks import World
 
 
@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
         dealt = [order[rank :: self.size] for rank in range(self.size)]  # which of them each process does
         mine, shapes = dealt[self.rank], [p.shape for p in params]
         if self.sharded:  # the rows of a matrix come from all processes, and go back to them
-            rows = [[self.rows(rank, shapes[i]) for i in mine] for rank in range(self.size)]
+            rows = [[share_of(len(params[i]), rank, self.size) for i in mine] for rank in range(self.size)]
             sizes = [[(b - a, shapes[i][1]) for i, (a, b) in zip(mine, of, strict=True)] for of in rows]
             come = exchange([[updates[i] for i in those] for those in dealt], sizes, updates[0])
             updates_here = [torch.cat(pieces) for pieces in zip(*come, strict=True)]
@@ -95,11 +95,6 @@ class Muon(torch.optim.Optimizer):
         found = exchange(sent, [[updates[i].shape for i in those] for those in dealt], updates[0])
         steps = {i: step for those, of in zip(dealt, found, strict=True) for i, step in zip(those, of, strict=True)}
         return [steps[i] for i in range(len(params))]
-
-    def rows(self, rank: int, shape: torch.Size) -> tuple[int, int]:
-        """From which row up to which a process holds a sharded matrix."""
-        share = -(-shape[0] // self.size)
-        return min(rank * share, shape[0]), min((rank + 1) * share, shape[0])
 
     def steps(self, params: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
         """Of whole updates. Fused matrices are cut into their parts, each of which is orthogonalised alone.

@@ -1,7 +1,6 @@
 """The processes that train together, and what they do when one of them is lost."""
 
 import contextlib
-import copy
 import os
 import secrets
 import signal
@@ -68,12 +67,6 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
-
-    def alone(self) -> "World":
-        """The same device, for what one process does by itself."""
-        other = copy.copy(self)
-        other.size, other.rank = 1, 0
-        return other
 
     def highest(self, value: int) -> int:
         """The highest of all ranks' values."""
