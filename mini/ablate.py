@@ -281,6 +281,9 @@ def stopping(running: list[Run]) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        print("\nstopping; the same command goes on", file=sys.stderr)
+        raise
     finally:
         for run in running:
             run.process.terminate()
