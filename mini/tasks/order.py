@@ -27,16 +27,18 @@ def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
     half = max(1, ((n - 1).bit_length() + 1) // 2)  # k bits on each side
     low = np.uint64((1 << half) - 1)
     keys = [np.uint64(mix(key, i)) for i in range(4)]
-    x = places.astype(np.uint64)
-    todo = np.ones(len(x), dtype=bool)
-    while todo.any():
-        left, right = x[todo] >> np.uint64(half), x[todo] & low
+
+    def send(x: np.ndarray) -> np.ndarray:
+        left, right = x >> np.uint64(half), x & low
         for k in keys:
             h = (right + k) * np.uint64(0x9E3779B97F4A7C15)  # wraps around, as it should
             h = (h ^ h >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ (h >> np.uint64(32)) & low
-        x[todo] = left << np.uint64(half) | right
-        todo = x >= n
+        return left << np.uint64(half) | right
+
+    x = send(places.astype(np.uint64))
+    while (beyond := x >= n).any():
+        x[beyond] = send(x[beyond])
     return x.astype(np.int64)
 
 
@@ -44,9 +46,9 @@ def shuffled(indices: np.ndarray, n: int, seed: int) -> np.ndarray:
     """For example numbers of a run, which of the n examples each is: every epoch all of them, in a new order."""
     epochs, places = np.divmod(np.asarray(indices, dtype=np.int64), n)
     out = np.empty_like(places)
-    for epoch in np.unique(epochs):
+    for epoch in set(epochs.tolist()):
         here = epochs == epoch
-        out[here] = permute(places[here], n, mix(seed, int(epoch)))
+        out[here] = permute(places[here], n, mix(seed, epoch))
     return out
 
 
