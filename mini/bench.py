@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mini.compression.distill import RECIPES, Distillation, DistillConfig, make_student
@@ -109,7 +110,7 @@ def random_task(options: BenchOptions, config: ModelConfig) -> tuple[Task, Model
 
 def training(options: BenchOptions, config: ModelConfig, world: World) -> dict:
     """Tokens/s, and the share of the matmul speed."""
-    rate, share = training_speed(options, *random_task(options, config), world)
+    rate, share, _ = training_speed(options, *random_task(options, config), world)
     if options.profile:
         profile_training(options, config, world)
     return {"train_tokens_per_s": rate, "train_mfu": share}
@@ -120,9 +121,9 @@ def presets_speed(options: BenchOptions, config: ModelConfig, world: World) -> d
     figures = {}
     for name in ON_GPUS:
         config, what = model_preset(name), "train" if name in GPT_PRESETS else "mlm"
-        peak_memory(world.device)  # what came before does not count
-        rate, share = training_speed(options, *random_task(replace(options, what=what), config), world)
-        figures |= {f"{name}_tokens_per_s": rate, f"{name}_mfu": share, f"{name}_memory_mb": peak_memory(world.device)}
+        found = training_speed(options, *random_task(replace(options, what=what), config), world)
+        of = ("tokens_per_s", "mfu", "memory_mb")
+        figures |= {f"{name}_{what}": value for what, value in zip(of, found, strict=True)}
     return figures
 
 
@@ -134,27 +135,30 @@ def profile_training(options: BenchOptions, config: ModelConfig, world: World) -
         training_speed(options, *random_task(options, config), world, steps=5)
     with atomic_file(out) as temporary:
         watched.export_chrome_trace(str(temporary))
-    on = "device" if world.on_gpu else "cpu"
-    calls = sorted(watched.key_averages(), key=lambda call: -getattr(call, f"self_{on}_time_total"))
-    total = sum(getattr(call, f"self_{on}_time_total") for call in calls)
+    calls, time = watched.key_averages(), "self_cpu_time_total"
+    if world.on_gpu:  # its kernels alone: what calls them has their times too
+        time = "self_device_time_total"
+        calls = [call for call in calls if call.device_type == DeviceType.CUDA and not call.is_user_annotation]
+    calls = sorted(calls, key=lambda call: -getattr(call, time))
+    total = sum(getattr(call, time) for call in calls)
     world.say(f"{out}; of {total / 1e6:.3g} s in five steps and a judging, by themselves:")
     for call in calls[:10]:
-        spent = getattr(call, f"self_{on}_time_total")
+        spent = getattr(call, time)
         world.say(f"  {spent / total:6.1%} {spent / 1e3:10,.1f} ms  {call.count:7,} x {call.key[:80]}")
 
 
 def training_speed(options: BenchOptions, task: Task, model: Model, world: World, objective: object = None,
                    steps: int = 0) -> tuple:  # fmt: skip
-    """Medians of the loop's own log lines after the warm-up: tokens/s, share of the device's matmul speed."""
+    """Medians of the loop's own log lines after the warm-up: tokens/s, share of the device's matmul speed; MB."""
     loop = TrainConfig(
         steps=steps or options.steps, batch_size=options.batch_size, device=options.device, dtype=options.dtype,
         compile=options.compile, eval_every=0, sample_every=0, checkpoint_every=0, log_every=5,
     )  # fmt: skip
     optim = OptimConfig(optimizer=options.optimizer, lr=1e-3)
     with tempfile.TemporaryDirectory() as folder:
-        train(model, task, loop, optim, Path(folder), world, objective)
+        memory = train(model, task, loop, optim, Path(folder), world, objective)["memory_mb"]
         rows = [row for row in read_metrics(Path(folder)) if row["step"] > loop.steps // 4]
-    return tuple(statistics.median(row.get(name, 0) for row in rows) for name in ("tokens_per_s", "mfu"))
+    return *(statistics.median(row.get(name, 0) for row in rows) for name in ("tokens_per_s", "mfu")), memory
 
 
 def distillation_cost(options: BenchOptions, config: ModelConfig, world: World) -> dict:
@@ -176,7 +180,7 @@ def distillation_cost(options: BenchOptions, config: ModelConfig, world: World) 
     figures = {"teacher_ms": 1000 * statistics.median(call_times(forward, options.steps, world.device))}
     for name, recipe in {"plain": DistillConfig(alpha=0.0), **{name: DistillConfig(name) for name in RECIPES}}.items():
         student = make_student(teacher, recipe)
-        speed, _ = training_speed(options, task, student, world, Distillation(task, student, teacher, recipe))
+        speed, *_ = training_speed(options, task, student, world, Distillation(task, student, teacher, recipe))
         figures[f"{name}_ms"] = 1000 * options.batch_size * config.max_len / speed
     for name in RECIPES:
         figures[name] = (figures[f"{name}_ms"] - figures["teacher_ms"]) / figures["plain_ms"]

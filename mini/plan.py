@@ -21,7 +21,7 @@ from mini.model.bert import Bert
 from mini.model.config import ModelConfig
 from mini.model.gpt import GPT
 from mini.model.layers import Linear
-from mini.model.scores import ROWS
+from mini.model.scores import rows_at_once
 from mini.model.transformer import Model
 from mini.tasks.masked import MLMConfig
 from mini.training.loop import TrainConfig, micro_batch_size
@@ -97,11 +97,12 @@ def ends_bytes(c: ModelConfig, B: int, T: int, predicted: float, a: int, cpu: bo
     return B * T * (token + c.mlm * predicted * (c.d_model * (2 * a + 4) + norm_bytes(c, cpu)))
 
 
-def loss_bytes(c: ModelConfig, rows: int, tokens: float, a: int) -> float:
-    """LossInParts: the gradients of weight and states, and beside them W, a product and ROWS scores, or both anew."""
+def loss_bytes(c: ModelConfig, rows: int, tokens: float, a: int, device: str) -> float:
+    """LossInParts: the gradients of weight and states, and beside them W, a product and some scores, or both anew."""
     weight, states, short, cap = rows * c.d_model, 4 * tokens * c.d_model, a if a == 2 else 0, bool(c.logit_softcap)
-    score = (8 if a == 4 else 12) + 8 * cap + 4 * (tokens > ROWS)  # scores, logits, softmax; those of the rows before
-    return 4 * weight + states + max(weight * (short + a) + min(ROWS, tokens) * rows * score, 4 * weight + states)
+    n = min(rows_at_once(device), tokens)
+    score = (8 if a == 4 else 12) + 8 * cap + 4 * (tokens > n)  # scores, logits, softmax; those of the rows before
+    return 4 * weight + states + max(weight * (short + a) + n * rows * score, 4 * weight + states)
 
 
 # ---------------------------------------------------------------- memory, arithmetic, link
@@ -128,10 +129,10 @@ def memory(model: Model, o: PlanOptions, train: TrainConfig, optim: OptimConfig,
     stays = train.accumulation > 1 or (n > 1 and not train.shard)  # gradients, through the next forward pass: DDP's do
     first = 4 * P / s if stays else 0 if train.shard else table + 4 * blocks[-1]
     root, group = 4 * (P - sum(blocks)), (3 * a + 4) * largest  # all but blocks; two blocks, a gradient, what is sent
-    # Of matrices whose turn it is: updates, own work and steps, others'.
-    share = 4 * muon / optim.turns * (1 / s + 3 / n + (n > 1) / s)
-    loss = loss_bytes(c, len(head.weight), B * T * predicted, a)
-    judged = min(ROWS, B * T) if c.causal else B * T * predicted  # whose logits are there at once
+    # Of matrices whose turn it is: updates, and what is made of them: own steps, what is sent to others, what comes.
+    share = 4 * muon / optim.turns * (4 if n == 1 else 6 / n if train.shard else 3 + 1 / n)
+    loss = loss_bytes(c, len(head.weight), B * T * predicted, a, o.device)
+    judged = min(rows_at_once(o.device), B * T) if c.causal else B * T * predicted  # whose logits are there at once
     whole = judged * len(head.weight) * (12 if c.logit_softcap else 8 + 2 * (a == 2))
     always = {"parameters": 4 * P / s, "optimizer state": (8 * P - 4 * muon) / s}
     names = "gradients", "activations", "copies of weights", "logits and others", "unsharded"
@@ -148,10 +149,12 @@ def memory(model: Model, o: PlanOptions, train: TrainConfig, optim: OptimConfig,
     }
 
 
-def muon_flops(model: Model) -> float:
-    """Of orthogonalize(), once for each matrix of sides m <= l: XXᵀ and PX, and in five steps 17 products m x m x m."""
-    shapes = [(rows, m.in_features) for m in model.stack.blocks.modules() if isinstance(m, Linear) for rows in m.parts]
-    return float(sum(4 * min(s) ** 2 * max(s) + 34 * min(s) ** 3 for s in shapes))
+def muon_flops(model: Model) -> list[float]:
+    """Of orthogonalize(), for each weight: of sides m <= l XXᵀ and PX, and in five steps 17 products m x m x m."""
+    weights = [
+        [(rows, m.in_features) for rows in m.parts] for m in model.stack.blocks.modules() if isinstance(m, Linear)
+    ]
+    return [float(sum(4 * min(s) ** 2 * max(s) + 34 * min(s) ** 3 for s in parts)) for parts in weights]
 
 
 def work(model: Model, o: PlanOptions, train: TrainConfig, optim: OptimConfig, predicted: float) -> dict[str, float]:
@@ -165,7 +168,8 @@ def work(model: Model, o: PlanOptions, train: TrainConfig, optim: OptimConfig, p
     tokens, share = T * train.batch_size // n, 4 * (n - 1) / n  # of a step; bytes that are sent of a parameter
     forward = model.flops(T, predicted) * tokens
     backward = 2 * forward + model.stack.flops(T) * tokens * train.checkpoint_activations
-    flops, own = forward + backward, muon_flops(model) * turn / n
+    matrices = muon_flops(model)
+    flops, own = forward + backward, max(sum(matrices) * turn / n, max(matrices) * (turn > 0))  # none is shared
     if train.shard:  # for each micro-batch all-gathers, of blocks twice, and reduce-scatter; matrices there and back
         low = 1 if o.dtype == "float32" else 0.5  # of the bytes, in gathering blocks
         gathered = 2 * P - sum(blocks) + 2 * low * sum(blocks)

@@ -157,7 +157,7 @@ def test_muon_s_arithmetic_is_what_pytorch_counts():
     with FlopCounterMode(display=False) as counted:
         for part in (part for m in matrices for part in m.weight.split(m.parts)):
             orthogonalize(part[None])
-    assert counted.get_total_flops() == plan.muon_flops(model)
+    assert counted.get_total_flops() == sum(plan.muon_flops(model))
 
 
 def planned(command, *flags: object) -> dict:
@@ -167,12 +167,12 @@ def planned(command, *flags: object) -> dict:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_many_gpus_and_one(command, optimizer):
-    own = ["--optimizer", optimizer, "--turns", 10]
+    own = ["--optimizer", optimizer, "--turns", 2]
     one, many = planned(command, *own), planned(command, *own, "--gpus", 8)
     parts = planned(command, *own, "--gpus", 8, "--shard", "true")
     exact = planned(command, *own, "--gpus", 8, "--shard", "true", "--dtype", "float32")
     P, blocks = one["parameters"], 12 * (12 * 768**2 + 13 * 768)
-    matrices = 12 * 12 * 768**2 / 10 if optimizer == "muon" else 0  # whose turn it is
+    matrices = 12 * 12 * 768**2 / 2 if optimizer == "muon" else 0  # whose turn it is
     assert one["bytes_sent"] == 0 and one["step_seconds"] == pytest.approx(one["arithmetic_seconds"])
     assert many["flops"] == parts["flops"] == pytest.approx(one["flops"] / 8)
     assert many["bytes_sent"] == pytest.approx(7 / 8 * 4 * (2 * P + matrices))

@@ -149,7 +149,8 @@ def relation_error(student: Tensor, teacher: Tensor, heads: int, visible: Tensor
     for x in (student, teacher):
         B, H, T, D = x.shape
         x = x.transpose(1, 2).reshape(B, T, heads, H * D // heads).transpose(1, 2)  # (B, A, T, H D / A)
-        mask = torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, NEVER)  # added: faster than masked_fill
+        never = max(NEVER, torch.finfo(x.dtype).min / 2)
+        mask = torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, never)  # added: faster than masked_fill
         relations.append((scores(x, x) + mask[:, None]).log_softmax(dim=-1, dtype=torch.float32))  # (B, A, T, T)
     divergence = F.kl_div(*relations, log_target=True, reduction="none").sum(dim=-1)  # (B, A, T)
     return (divergence.mean(dim=1) * real).sum()

@@ -4,6 +4,7 @@ Shapes: B batch, H heads, K key/value heads, T time (queries), S time (keys), D 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,7 @@ class View:
     documents: Tensor | None = None  # (B, T): the number of a token's document, beyond which it does not look
     places: Tensor | None = None  # (B, 1): with a cache, the place of each row's one query
     masks: dict = field(default_factory=dict)  # of this pass, each made once
+    keeps: bool = True  # them; compiled, a block that is computed twice may change nothing outside
 
     def sees(self, t: Tensor, s: Tensor, length: int) -> Tensor:
         """Places of queries t (.., T) and keys s (.., S) in rows of a length -> (1 or B, .., T, S): whether t sees s.
@@ -67,29 +69,40 @@ class View:
 
     def mask(self, T: int, S: int, device: torch.device) -> Tensor | None:
         """sees() of whole rows, (1 or B, 1, 1 or T, S); None where all see all. With a cache the keys are its slots."""
-        if (T, S) not in self.masks:
+
+        def make() -> Tensor | None:
             if self.places is not None:  # slot j of S holds the newest token whose place is j modulo S
                 s = self.places - (self.places - torch.arange(S, device=device)) % S  # (B, S); below 0: nothing yet
-                found = self.sees(self.places, s, S)[0][:, None]  # (B, 1, S) -> (B, 1, 1, S)
-            elif self.causal or self.documents is not None or self.is_local(T):
-                found = self.sees(torch.arange(T, device=device), torch.arange(S, device=device), S)[:, None]
-            else:  # nobody looks at padding
-                found = None if self.real is None else self.real[:, None, None, :]
-            self.masks[T, S] = found
-        return self.masks[T, S]
+                return self.sees(self.places, s, S)[0][:, None]  # (B, 1, S) -> (B, 1, 1, S)
+            if self.causal or self.documents is not None or self.is_local(T):
+                return self.sees(torch.arange(T, device=device), torch.arange(S, device=device), S)[:, None]
+            return None if self.real is None else self.real[:, None, None, :]  # nobody looks at padding
+
+        return self.once((T, S), make)
 
     def near_mask(self, T: int, device: torch.device) -> Tensor:
         """sees() of N blocks of W queries, each of the global keys and those of the blocks it looks at:
         (1 or B, N, W, n_global + S). A key that is global and near counts as global alone."""
-        if ("near", T) not in self.masks:
+
+        def make() -> Tensor:
             W, g, (before, after) = BLOCK, min(self.n_global, T), self.neighbours
             N = -(-T // W)
             places = torch.arange(N * W, device=device).view(N, W)
             near = places[:, :1] - before * W + torch.arange((before + 1 + after) * W, device=device)  # (N, S)
             first = torch.arange(g, device=device).expand(N, g)
             seen = self.sees(places, near, T) & (near >= g)[:, None]  # (1 or B, N, W, S)
-            self.masks["near", T] = torch.cat([self.sees(places, first, T), seen], dim=-1)
-        return self.masks["near", T]
+            return torch.cat([self.sees(places, first, T), seen], dim=-1)
+
+        return self.once(("near", T), make)
+
+    def once(self, name: tuple, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """The mask of this name, for all layers."""
+        if name in self.masks:
+            return self.masks[name]
+        mask = make()
+        if self.keeps:
+            self.masks[name] = mask
+        return mask
 
 
 # ---------------------------------------------------------------- as written, and fused

@@ -21,6 +21,8 @@ from mini.model.layers import Embedding, Linear
 
 # For torch.compile: a layer's input is needed twice, for its scale and to be scaled; GELU is to be computed once.
 INDUCTOR = {"realize_opcount_threshold": 8}
+# Whole numbers up to 256 are exact in bfloat16, and as 4096ths in float16, of which sums then stay within its range.
+SMALL = 2.0**-12
 RANGE = ".input.range"  # of a static layer, behind its name in files
 
 
@@ -102,8 +104,7 @@ class FakeQuantLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         q, scale, zero = self.input(x)
         weight_scale = row_scales(self.weight)
-        # Whole numbers up to 256 are exact in bfloat16, too; under autocast only their sums are rounded.
-        product = F.linear(q - zero, quantize(self.weight, weight_scale)).float()
+        product = whole_product(q - zero, quantize(self.weight, weight_scale))
         return dequantized(product, scale, weight_scale[:, 0], self.bias).to(x.dtype)
 
 
@@ -153,10 +154,15 @@ class Int8Linear(Int8):
         return dequantized(product, scale, self.scale, self.bias).to(x.dtype)
 
 
+def whole_product(q: Tensor, weight: Tensor) -> Tensor:
+    """q (.., K) times weight (N, K), transposed, of whole numbers as floats; under autocast their sums are rounded."""
+    return F.linear(q * SMALL, weight).float() / SMALL
+
+
 def int8_matmul(q: Tensor, weight: Tensor) -> Tensor:
     """q (M, K), whole numbers as floats, times weight (N, K) int8, transposed -> (M, N)."""
     if not int8_units(q.device.type) or (q.is_cuda and (weight.size(0) % 8 or weight.size(1) % 8)):
-        return F.linear(q.float(), weight.float())  # the same numbers, in no less time than floats take
+        return whole_product(q.float(), weight.float())  # the same numbers, in no less time than floats take
     q = q.to(torch.int8)
     if q.is_cuda and len(q) <= 16:
         return torch._int_mm(F.pad(q, (0, 0, 0, 17 - len(q))), weight.t())[: len(q)]

@@ -1,5 +1,7 @@
 """What the transformer replaced: a long short-term memory in the place of a block's attention and MLP."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +39,7 @@ class LSTM(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, view: View, rope: Tensor | None, cache: KVCache | None) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, they are prompts, which view.real ends, or one more token each."""
         y = self.norm(x) if self.pre_norm else x
-        y = self.fused(y) if cache is None and self.can_fuse(y) else self.written(y, view, cache)
+        y = self.fused(y) if cache is None and self.can_fuse() else self.written(y, view, cache)
         y = x + self.dropout(y)
         return y if self.pre_norm else self.norm(y)
 
@@ -62,18 +64,19 @@ class LSTM(nn.Module):
             cache.keys[self.layer][:, 0, 0], cache.values[self.layer][:, 0, 0] = h, c
         return torch.stack(states, dim=1)
 
-    def can_fuse(self, x: Tensor) -> bool:
-        """Not where its matrices are int8, stored short, or watched: these want to be called."""
-        plain = all(type(m) is Linear and not m._forward_hooks for m in (self.read, self.recur))
-        return plain and self.recur.weight.dtype in (x.dtype, torch.float32)
+    def can_fuse(self) -> bool:
+        """Not where its matrices are int8, or watched: these want to be called."""
+        return all(type(m) is Linear and not m._forward_hooks for m in (self.read, self.recur))
 
     @torch.compiler.disable  # compiled, its steps would be written out one by one
     def fused(self, x: Tensor) -> Tensor:
         """The same in one call."""
         zeros = x.new_zeros(1, len(x), x.size(-1))
         bias = self.remember if self.read.bias is None else self.read.bias + self.remember
-        weights = [self.read.weight, self.recur.weight, bias, torch.zeros_like(bias)]
-        return torch.lstm(x, (zeros, zeros), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)[0]
+        weights = [w.to(x.dtype) for w in (self.read.weight, self.recur.weight, bias, torch.zeros_like(bias))]
+        # On a GPU autocast would make it float16, whatever is asked for.
+        with torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext():
+            return torch.lstm(x, (zeros, zeros), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)[0]
 
     def flops(self, length: int) -> float:
         """Forward, for one token."""

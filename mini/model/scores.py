@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = 512  # tokens whose scores are there at one time
 IGNORE = -100  # a target that is not predicted
 
 
@@ -28,18 +27,28 @@ def capped(scores: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(scores / cap) if cap else scores
 
 
+def rows_at_once(device: str) -> int:
+    """Tokens whose scores are there at one time; a GPU's kernels ask for many."""
+    return 2048 if device == "cuda" else 512
+
+
 def token_loss(logits: Tensor | Unscored, targets: Tensor) -> Tensor:
     """The summed cross-entropy in nats of logits (.., V) and targets (..), of which IGNORE does not count."""
     if isinstance(logits, Unscored):
         x, weights = logits.hidden.flatten(0, -2), [logits.head.weight, logits.head.bias]  # (N, C)
         if not torch.is_grad_enabled():  # else parameters would seem to need theirs
             weights = [None if weight is None else weight.detach() for weight in weights]
-        return LossInParts.apply(x, *weights, targets.flatten(), logits.vocab_size, logits.cap)
+        return loss_in_parts(x, *weights, targets.flatten(), logits.vocab_size, logits.cap)
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORE)
 
 
+@torch.compiler.disable  # in one graph, all parts' products by which W learns would be there until the last
+def loss_in_parts(*arguments) -> Tensor:
+    return LossInParts.apply(*arguments)
+
+
 class LossInParts(torch.autograd.Function):
-    """Cross-entropy and its gradient, a few rows at a time: the plain way's products, in ROWS / N of its memory.
+    """Cross-entropy and its gradient, a few rows at a time: the plain way's products, and little of its memory.
 
     The loss is a sum, whose gradient by each score s is softmax(s) - [s is the target's], times 1 - tanh² where scores
     are capped: it is known as soon as the scores are, and goes on into x and W before the next rows' take their place.
@@ -50,13 +59,14 @@ class LossInParts(torch.autograd.Function):
         """x (N, C), weight (R, C), bias (R,), targets (N,) -> the sum over all targets but IGNORE, ()."""
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        small = ROWS if dtype == torch.float16 else 1  # by which sums over rows are kept within what float16 holds
+        small = 8 if dtype == torch.float16 else 1  # keeps sums over rows within what float16 holds
+        n = rows_at_once(x.device.type)
         W = weight.to(dtype)
         total = x.new_zeros((), dtype=torch.float32)
         to_x = []
         to_weight = torch.zeros_like(weight) if needs_weight else None
         to_bias = torch.zeros_like(bias) if needs_bias else None
-        for part, target in zip(x.split(ROWS), targets.split(ROWS), strict=True):
+        for part, target in zip(x.split(n), targets.split(n), strict=True):
             part = part.to(dtype)
             scores = F.linear(part, W, None if bias is None else bias.to(dtype))  # (n, R)
             logits = capped(scores[:, :V].float(), cap)

@@ -245,15 +245,17 @@ class Transformer(nn.Module):
             x = self.embed_norm(x)
         x = self.dropout(x)
 
+        twice = self.checkpoint_activations and self.training
+        keeps = not (twice and torch.compiler.is_compiling())
         views, ropes = {}, {None: None}  # layers of one kind share theirs
         for block in self.blocks:
             if block.window not in views:
-                views[block.window] = View(c.causal, real, block.window, c.n_global, documents, places)
+                views[block.window] = View(c.causal, real, block.window, c.n_global, documents, places, keeps=keeps)
             if block.rope_base not in ropes:
                 ropes[block.rope_base] = rope_at(at, c.head_size, block.rope_base).unsqueeze(-2)  # (2, [B,] T, 1, D)
         for block in self.blocks:
             rest = tokens, views[block.window], ropes[block.rope_base], cache
-            if self.checkpoint_activations and self.training:
+            if twice:
                 x = recompute_later(block, x, *rest, use_reentrant=False)
             else:
                 x = block(x, *rest)

@@ -35,7 +35,7 @@ class Batch:
 
     def pin(self) -> "Batch":
         """In memory from which a GPU fetches while the processor goes on."""
-        inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        inputs = {name: tensor.contiguous().pin_memory() for name, tensor in self.inputs.items()}
         return Batch(inputs, self.counts, self.n_tokens, self.n_bytes)
 
 

@@ -23,9 +23,8 @@ def pick_device(name: str, index: int = 0) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: PyTorch finds no NVIDIA GPU here; leave the flag out or take cpu")
     try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", index)
+        device = torch.device(f"cuda:{index}" if name == "cuda" else name)
+        if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except Exception as error:  # what a build without that device raises differs from version to version
@@ -99,8 +98,8 @@ def keep_memory(keep: bool = True) -> None:
 def peak_memory(device: torch.device) -> float:
     """The most memory this process has held since the last call, in MB; of a GPU, what tensors take there."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         return peak / 1e6
     try:
         status = Path("/proc/self/status").read_text()

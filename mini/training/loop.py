@@ -160,6 +160,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         losses_of = DistributedDataParallel(losses_of, gradient_as_bucket_view=True, **buffers)
     counted = objective.fixed_shape and all(p.requires_grad for p in model.parameters())  # else a step does less
     speed = Speedometer(model, task.predicted if counted else 0, dtype, world, state)
+    peak_memory(world.device)  # nor does what measured that
     writes = world.main or world.sharded  # whether this rank has something to write
 
     began = time.perf_counter() - state["seconds"]

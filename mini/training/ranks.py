@@ -30,6 +30,10 @@ class World:
         self.sharded = False  # whether each process holds a share of the model only
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
+        if self.size > 1 and device.startswith("cuda:"):
+            raise UserError(
+                f"--device {device}: each of torchrun's processes takes a GPU of its own; give --device cuda"
+            )
         self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.doing = "at the start"  # for messages
         if self.size > 1:

@@ -113,7 +113,9 @@ def test_attention_and_relations_by_hand():
                 )
                 divergence += float((u * (u / s).log()).sum()) / 3
     assert float(distill.attention_error(a, b, visible, real)) == pytest.approx(error, rel=1e-4)
-    assert float(distill.relation_error(a[2], b[2], 3, visible, real)) == pytest.approx(divergence, rel=1e-4)
+    for dtype in (torch.float32, torch.float16):  # which does not hold every mask's numbers
+        found = float(distill.relation_error(a[2].to(dtype), b[2].to(dtype), 3, visible, real))
+        assert found == pytest.approx(divergence, rel=1e-4 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("settings", WAYS)

@@ -83,6 +83,20 @@ def test_affine_covers_its_range_and_zero_is_exact(low, high):
     assert float((int8.quantize(torch.zeros(1), scale, zero, low=-128) - zero) * scale) == 0
 
 
+@pytest.mark.parametrize("scheme", ["dynamic", "static"])
+def test_sums_of_whole_numbers_stay_within_float16(scheme):
+    """768 products of 127 by 127 are 189 times its largest number."""
+    torch.manual_seed(0)
+    source = int8.DynamicInput() if scheme == "dynamic" else int8.StaticInput(0.0, 1.0)
+    x, weight = torch.ones(2, 768), torch.nn.Parameter(torch.full((8, 768), 0.1))
+    layer = int8.FakeQuantLinear(weight, None, source, [8])
+    with torch.autocast("cpu", torch.float16):
+        torch.testing.assert_close(layer(x), torch.full((2, 8), 76.8), rtol=2e-3, atol=0)
+        whole = torch.full((2, 768), 127.0)
+        product = int8.whole_product(whole, torch.full((8, 768), 127.0))
+    torch.testing.assert_close(product, torch.full((2, 8), 127.0 * 127 * 768), rtol=1e-3, atol=0)
+
+
 def test_row_scales():
     weight = torch.tensor([[1.0, -254.0], [0.0, 0.0]])
     assert int8.row_scales(weight).flatten().tolist() == [2.0, 1.0]

@@ -96,6 +96,23 @@ def test_with_a_cache_both_attentions_agree():
 
 
 # ---------------------------------------------------------------- units
+@pytest.mark.parametrize(
+    "kind, settings", [(GPT, dict(window=4)), (GPT, dict(window=32)), (Bert, dict(causal=False, mlm=True))]
+)
+def test_compiled_and_recomputed_are_one_graph(kind, settings):
+    """A recomputed block that changed something outside, such as a mask that all share, would not be compiled."""
+    model = kind(ModelConfig(**{**SIZE, "max_len": 256, **settings}))
+    model.stack.checkpoint_activations = True
+    tokens = torch.randint(60, (2, 256))
+    inputs = dict(tokens=tokens, lengths=torch.tensor([256, 200]), positions=tokens[:, :4], targets=tokens)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.answer, backend="aot_eager", fullgraph=True)(inputs)
+    found = [
+        torch.autograd.grad(y.square().sum(), model.stack.tokens.weight)[0] for y in (compiled, model.answer(inputs))
+    ]
+    torch.testing.assert_close(*found)
+
+
 def test_a_buffer_that_depends_on_what_goes_is_not_lost_in_silence():
     """Slopes for each head, say, which files do not hold: the smaller model would compute another function."""
 

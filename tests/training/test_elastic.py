@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import TINY, Forked, command_line, environment
 
+from mini.errors import UserError
 from mini.tensors import load_tensors
 from mini.training import checkpoints, ranks
 from mini.training.ranks import World
@@ -100,6 +101,12 @@ def test_a_stopped_rank_is_noticed(sharded, start, tmp_path):
         stopped.wait()
     said = (tmp_path / "said-0").read_text()
     assert "error: rank 1 was lost in step 3 (no sign of it for 8 s); the same command goes on\n" in said
+
+
+def test_no_two_ranks_share_a_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device cuda:1: each of torchrun's processes takes a GPU of its own"):
+        World("cuda:1")
 
 
 @pytest.mark.parametrize(

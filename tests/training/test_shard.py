@@ -46,20 +46,10 @@ def test_sharded_as_whole_and_on_with_any_number_of_ranks(text_file, tmp_path, c
     "options",
     [
         ["--accumulation", 2, "--checkpoint_activations", "true", "--dropout", 0.1],
-        [
-            "--optimizer",
-            "adamw",
-            "--weight_decay",
-            0.1,
-            "--dtype",
-            "bfloat16",
-            "--tied",
-            "false",
-            "--vocab_multiple",
-            64,
-        ],
+        ["--optimizer", "adamw", "--weight_decay", 0.1, "--dtype", "bfloat16", "--norm", "layernorm", "--bias", "true",
+         "--tied", "false", "--vocab_multiple", 64],
     ],
-)
+)  # fmt: skip
 def test_sharded_with(options, text_file, tmp_path, command):
     flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 10, *options]
     for sharded in ("true", "false"):
