@@ -73,9 +73,9 @@ class GPT(Model):
         options |= dict(temperature=temperature, top_k=top_k, top_p=top_p, use_cache=use_cache)
         B, T = tokens.shape
         lengths = options.get("lengths")
-        ends = torch.full((B,), T) if lengths is None else lengths.cpu()
+        ends = torch.full((B,), T, device=tokens.device) if lengths is None else lengths.to(tokens.device)
         out = F.pad(tokens, (0, max_new_tokens))  # (B, T + max_new_tokens)
-        rows, n = torch.arange(B), 0
+        rows, n = torch.arange(B, device=tokens.device), 0
         for n, new in enumerate(self.stream(tokens, max_new_tokens, **options), 1):
             out[rows, ends + n - 1] = new
         return out[:, : T + n]
