@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -209,6 +210,17 @@ def make_run(spec: Spec, script: Path, out: Path, arm: str, seed: int, setting: 
     return Run(arm, seed, folder, [sys.executable, str(script), *(word.replace("{seed}", str(seed)) for word in words)])
 
 
+def check_flags(spec: Spec, script: Path, out: Path, path: str) -> None:
+    """Reads all that will be given to train_gpt.py or train_bert.py as they would, before the first of them begins."""
+    read = runpy.run_path(str(script)).get("read", lambda argv: None)  # each command of compress.py has its own way
+    for arm in spec.arms:
+        for setting in spec.settings(arm):
+            try:
+                read(make_run(spec, script, out, arm, spec.seeds[0], setting, False).argv[2:])
+            except UserError as error:
+                raise UserError(f"{path}: arm {arm}: {error}") from None
+
+
 # ---------------------------------------------------------------- the runs
 def die_with_parent() -> None:
     """Else the trainings of a killed ablation would go on, and their folders be locked when it is given again."""
@@ -318,10 +330,9 @@ def choose(spec: Spec, script: Path, out: Path, workers: int) -> tuple[dict[str,
             chosen[arm] = tried[arm][(min if spec.better == "lower" else max)(found)[1]]
         pairs = zip(tried[arm], figures, strict=True)
         all_of_them = "; ".join(f"{show(s)}: {'failed' if v is None else f'{v:.4f}'}" for s, v in pairs)
-        lines.append(
-            f"{arm} has {show(chosen[arm])}, chosen on seed {spec.sweep_seed}, which is not reported, by "
-            f"{spec.sweep_figure or spec.figure}: {all_of_them}"
-        )
+        has = f"{arm} has {show(chosen[arm])}, chosen" if found else f"{arm}: nothing chosen"
+        by = spec.sweep_figure or spec.figure
+        lines.append(f"{has} on seed {spec.sweep_seed}, which is not reported, by {by}: {all_of_them}")
     return chosen, lines
 
 
@@ -431,6 +442,7 @@ def ablate(options: AblateOptions) -> None:
     with locked(out.resolve(), wait=False) as free:
         if not free:
             raise UserError(f"{out}: another ablation is at work here")
+        check_flags(spec, script, out, options.spec)
         keep_spec(spec, out)
         chosen, notes = choose(spec, script, out, options.workers)
         runs = [make_run(spec, script, out, arm, seed, chosen[arm], False) for seed in spec.seeds for arm in spec.arms]
@@ -448,17 +460,19 @@ def ablate(options: AblateOptions) -> None:
         write_json(out / "result.json", result)
     print("\n" + text)
     print(json.dumps({"out": str(out), **result}))
-    if all(arm["mean"] is None for arm in arms.values()):
-        raise UserError(f"{out}: every run failed, as their .log files tell")
+    if failed := [name for name, arm in arms.items() if arm["mean"] is None]:
+        raise UserError(f"{out}: every run of {', '.join(failed)} failed, as their .log files tell")
 
 
 def keep_spec(spec: Spec, out: Path) -> None:
-    """Writes the spec beside its runs, or checks that it is the same as there, but for seeds and arms that are new."""
+    """Writes the spec beside its runs, or checks that it is the same as there, but for seeds, arms without a run, and
+    where no sweep has chosen by it the figure."""
     path, mine = out / "spec.json", asdict(spec)
     if path.is_file():
         before = read_json(path)
-        changed = [name for name in mine if name not in ("seeds", "arms") and mine[name] != before.get(name)]
-        old = before.get("arms", {})
+        free = {"seeds", "arms"} | (set() if spec.sweep else {"figure", "better"})
+        changed = [name for name in mine if name not in free and mine[name] != before.get(name)]
+        old = {arm: text for arm, text in before.get("arms", {}).items() if any(out.glob(f"runs/{arm}/*/config.json"))}
         changed += [f"arm {arm}" for arm in spec.arms if arm in old and old[arm] != spec.arms[arm]]
         if changed:
             raise UserError(f"{out} is of another spec ({', '.join(changed)}): name another --out")

@@ -54,7 +54,9 @@ class BenchOptions(Checked):
     device: str = option("auto", "auto, cpu, cuda, mps")
     dtype: str = option("auto", "as in training", ("auto", "bfloat16", "float16", "float32"))
     compile: str = option("auto", "torch.compile; auto: for generation, and on GPUs", ("auto", "true", "false"))
-    profile: str = option("", "a folder for trace.json, for chrome://tracing, of five steps; prints the dearest calls")
+    profile: str = option(
+        "", "a folder for trace.json (gpu: PRESET.json), for chrome://tracing, of five steps; prints the dearest calls"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,7 +69,7 @@ def bench(options: BenchOptions, config: ModelConfig) -> None:
     if options.what in ("all", "generate") and config.max_len < options.new_tokens + PROMPT:
         new = f"--new_tokens {options.new_tokens} and a prompt of {PROMPT}"
         raise UserError(f"{new} do not fit --max_len {config.max_len}")
-    if options.profile and options.what not in ("all", "train", "mlm"):
+    if options.profile and options.what not in ("all", "train", "mlm", "gpu"):
         raise UserError(f"--profile: of a training, not of --what {options.what}")
     if options.profile:
         Path(options.profile).mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,7 @@ def training(options: BenchOptions, config: ModelConfig, world: World) -> dict:
     """Tokens/s, and the share of the matmul speed."""
     rate, share, _ = training_speed(options, *random_task(options, config), world)
     if options.profile:
-        profile_training(options, config, world)
+        profile_training(options, config, world, "trace")
     return {"train_tokens_per_s": rate, "train_mfu": share}
 
 
@@ -121,15 +123,18 @@ def presets_speed(options: BenchOptions, config: ModelConfig, world: World) -> d
     figures = {}
     for name in ON_GPUS:
         config, what = model_preset(name), "train" if name in GPT_PRESETS else "mlm"
-        found = training_speed(options, *random_task(replace(options, what=what), config), world)
+        asked = replace(options, what=what)
+        found = training_speed(asked, *random_task(asked, config), world)
         of = ("tokens_per_s", "mfu", "memory_mb")
         figures |= {f"{name}_{what}": value for what, value in zip(of, found, strict=True)}
+        if options.profile:
+            profile_training(asked, config, world, name)
     return figures
 
 
-def profile_training(options: BenchOptions, config: ModelConfig, world: World) -> None:
+def profile_training(options: BenchOptions, config: ModelConfig, world: World, name: str) -> None:
     """Writes what each call of five more steps took, and prints the ten that took most by themselves."""
-    out, kinds = Path(options.profile) / "trace.json", [ProfilerActivity.CPU]
+    out, kinds = Path(options.profile) / f"{name}.json", [ProfilerActivity.CPU]
     kinds += [ProfilerActivity.CUDA] * world.on_gpu
     with profile(activities=kinds) as watched:
         training_speed(options, *random_task(options, config), world, steps=5)

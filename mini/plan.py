@@ -37,7 +37,7 @@ class PlanOptions(Checked):
     """Count what a training takes of each GPU and of the link between them. Nothing is trained."""
 
     gpus: int = option(1, "GPUs, each with a process", low=1, high=10**6)
-    gpu_memory: float = option(80e9, "bytes of each", low=1)
+    gpu_memory: float = option(80e9, "bytes of each", low=1e6)
     gpu_flops: float = option(400e12, "FLOP/s of each in matrix products of --dtype, by its data sheet", low=1)
     gpu_flops32: float = option(0.0, "the same in full float32, which Muon asks for; 0: gpu_flops / 16", low=0)
     link: float = option(25e9, "bytes/s that each sends and at the same time receives", low=1)
@@ -208,8 +208,8 @@ def plan(o: PlanOptions, c: ModelConfig, optim: OptimConfig, train: TrainConfig,
         raise UserError("--block lstm: what it keeps is not known here, only that of transformers")
     if {"steps", "tokens"} <= given:
         raise UserError("--steps and --tokens: give one of them")
-    if "tokens" in given and not train.tokens:
-        raise UserError("--tokens 0: must be more than 0")
+    if not (train.tokens or train.steps) or ("tokens" in given and not train.tokens):
+        raise UserError(f"--{'tokens' if 'tokens' in given else 'steps'} 0: must be more than 0")
     if c.causal and (unused := given & MASKED):
         raise UserError(f"--{min(unused)} is of a BERT's training: give --preset bert-base, say")
     parts, asked = o.gpus * train.accumulation, train.batch_size
@@ -247,7 +247,7 @@ def plan(o: PlanOptions, c: ModelConfig, optim: OptimConfig, train: TrainConfig,
           f"GPU at {o.utilisation:.0%} of its speed, which is assumed; {time['link_seconds']:.3g} s for the "
           f"{time['bytes_sent'] / 1e9:.3g} GB that it sends, at the same time where the loop lets them be")  # fmt: skip
     hours = figures["seconds"] / 3600
-    print(f"{figures['tokens']:,} tokens in {hours:,.3g} hours, {hours * o.gpus:,.3g} of a GPU; what limits it: "
+    print(f"{figures['tokens']:,} tokens in {hours:,.3g} hours, {hours * o.gpus:,.3g} GPU-hours; what limits it: "
           f"{figures['bottleneck']}")  # fmt: skip
     if not fine:
         print(f"It does not fit with {o.spare:.0%} to spare, but would with " + (", or ".join(figures["ways_to_fit"])

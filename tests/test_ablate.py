@@ -58,6 +58,11 @@ def test_the_specs_that_are_there(path):
         ("--lr 0.02", "--lrr 0.02", "arm b: train_gpt.py has no flag --lrr (did you mean lr?)"),
         ("--lr 0.02", "--seed 3", "--seed is given by ablate"),
         ("--steps 9", "--out x", "--out is given by ablate"),
+        ("--lr 0.02", "--lr much", "arm b: --lr much: expected a number"),
+        ("--lr 0.02", "--d_model 31 --n_heads 3", "arm b: --d_model 31 is not divisible by --n_heads 3"),
+        ("--lr 0.02", "--preset laptpo", "arm b: unknown preset laptpo (did you mean laptop"),
+        ("[arms]", "tokens = 1e5\n[arms]", "arm a: --steps and --tokens: give one of them"),
+        ("[arms]", "[sweep]\nlr = [-1]\n[arms]", "arm a: --lr -1.0: must be at least 0"),
         ("--lr 0.02", "--lr '0.02", "No closing quotation"),
         ("b = ", '"../b" = ', "arm '../b'"),
         ("b = ", "b = = ", "not TOML"),
@@ -128,13 +133,15 @@ def test_an_ablation_that_is_killed_goes_on(text_file, tmp_path, cache, command)
     size = log.stat().st_size
     time.sleep(0.5)
     assert log.stat().st_size == size  # nobody goes on behind its back
-    path.write_text(spec + 'c = "--n_heads 3"\n')
+    path.write_text(spec + 'c = "--data nofile.txt"\n')
     done = command("-m", "mini", "ablate", path, "--out", out, status=2)
     assert "is of another spec (tokens)" in done.stderr
     out = tmp_path / "again"
-    result = last_json(command("-m", "mini", "ablate", path, "--out", out, "--workers", 2))
+    done = command("-m", "mini", "ablate", path, "--out", out, "--workers", 2, status=2)
+    assert "every run of c failed" in done.stderr
+    result = last_json(done)
     assert {name: len(arm["values"]) for name, arm in result["arms"].items()} == {"a": 1, "b": 1, "c": 1}
-    assert "--d_model 32 is not divisible by --n_heads 3" in result["arms"]["c"]["failures"]["1"]
+    assert "nofile.txt" in result["arms"]["c"]["failures"]["1"]
     assert [arm["verdict"] for arm in result["arms"].values()] == [None, None, None]  # of one seed
     for arm in "ab":
         run = out / "runs" / arm / "1"
@@ -146,9 +153,9 @@ def test_an_ablation_that_is_killed_goes_on(text_file, tmp_path, cache, command)
     assert (out / "runs" / "a" / "1" / "result.json").stat().st_mtime_ns == before
     assert more["arms"]["b"]["verdict"] and more["arms"]["a"]["values"][0] == result["arms"]["a"]["values"][0]
     assert json.loads((out / "result.json").read_text()) == {n: v for n, v in more.items() if n != "out"}
-    path.write_text(spec.replace("val_bpb", "val_bbp"))
-    assert "another spec (figure)" in command("-m", "mini", "ablate", path, "--out", out, status=2).stderr
-    (out / "spec.json").write_text((out / "spec.json").read_text().replace("val_bpb", "val_bbp"))
+    path.write_text(spec.replace("--lr 0.02", "--lr 0.03"))
+    assert "another spec (arm b)" in command("-m", "mini", "ablate", path, "--out", out, status=2).stderr
+    path.write_text(spec.replace("val_bpb", "val_bbp") + 'c = ""\n')  # no run of c has begun
     done = command("-m", "mini", "ablate", path, "--out", out, status=2)
     assert "figure 'val_bbp' (did you mean val_bpb?)" in done.stderr
 

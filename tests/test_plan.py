@@ -211,16 +211,17 @@ def test_tokens_are_steps(command):
     "flags, message",
     [
         (["--gpus", 0], "--gpus 0: must be at least 1"),
-        (["--gpu_memory", 0], "--gpu_memory 0.0: must be at least 1"),
+        (["--gpu_memory", 80], "--gpu_memory 80.0: must be at least 1,000,000"),
         (["--gpu-memory", "much"], "--gpu_memory much: expected a number"),
         (["--preset", "gpt3"], "unknown preset gpt3 (did you mean gpt2"),
         (["--link", "-1"], "--link -1.0: must be at least 1"),
         (["--lr", 1], "unknown flag --lr"),
         (["--steps", 9, "--tokens", 1e6], "--steps and --tokens"),
         (["--tokens", 0], "--tokens 0"),
+        (["--steps", 0], "--steps 0"),
         (["--block", "lstm"], "--block lstm"),
         (["--mask_rate", 0.1], "--mask_rate is of a BERT's training"),
-        (["--gpus", 3, "--batch_size", 4], "--batch_size 4 cannot be cut into 3 ranks x 1 parts"),
+        (["--gpus", 3, "--batch_size", 4], "--batch_size 4 cannot be cut into 3 ranks x 1 parts: give 3 or 6"),
     ],
 )
 def test_what_cannot_be_planned(command, flags, message):

@@ -219,7 +219,7 @@ def decode(file: BinaryIO, path: Path, errors: str) -> Iterator[str]:
             text, used = codecs.utf_8_decode(rest, errors, not block)
         except UnicodeDecodeError as error:
             at = f"byte {position + error.start} (0x{rest[error.start]:02x})"
-            raise UserError(f"{path}: not UTF-8 at {at}; convert it, or use --errors replace") from None
+            raise UserError(f"{path}: not UTF-8 at {at}; convert it, or train with --errors replace") from None
         yield text
         if not block:
             return
@@ -236,7 +236,9 @@ def read_jsonl(file: BinaryIO, path: Path, errors: str) -> Iterator[Fragment]:
             # JSON can spell half a character, "\ud83d"; UTF-8 cannot.
             text = text.encode(errors=errors).decode()
         except UnicodeError as error:
-            raise UserError(f"{place}: not UTF-8 ({error.reason}); convert it, or use --errors replace") from None
+            raise UserError(
+                f"{place}: not UTF-8 ({error.reason}); convert it, or train with --errors replace"
+            ) from None
         except json.JSONDecodeError as error:
             raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
         except ValueError:

@@ -299,10 +299,12 @@ def finish(model: nn.Module, result: dict, folder: Path, world: World) -> None:
 
 def micro_batch_size(options: TrainConfig, world: World) -> int:
     """Sequences in one forward pass: the batch is cut equally by ranks, then by accumulation."""
-    size, rest = divmod(options.batch_size, world.size * options.accumulation)
+    parts = world.size * options.accumulation
+    size, rest = divmod(options.batch_size, parts)
     if rest:
-        parts = f"{world.size} ranks x {options.accumulation} parts"
-        raise UserError(f"--batch_size {options.batch_size} cannot be cut into {parts}")
+        near = " or ".join(f"{n * parts:,}" for n in (size, size + 1) if n)
+        cut = f"{world.size} ranks x {options.accumulation} parts"
+        raise UserError(f"--batch_size {options.batch_size} cannot be cut into {cut}: give {near}")
     return size
 
 

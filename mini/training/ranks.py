@@ -1,6 +1,7 @@
 """The processes that train together, and what they do when one of them is lost."""
 
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -37,10 +38,10 @@ class World:
         self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.doing = "at the start"  # for messages
         if self.size > 1:
-            try:
+            with contextlib.suppress(ValueError):
                 self.silence = float(SILENCE)
-            except ValueError:
-                raise UserError(f"MINI_SILENCE={SILENCE}: expected a number of seconds") from None
+            if not BEAT < getattr(self, "silence", 0) < math.inf:
+                raise UserError(f"MINI_SILENCE={SILENCE}: expected seconds, more than {BEAT:g}")
             backend = "cpu:gloo,cuda:nccl" if self.on_gpu else "gloo"  # what CPUs tell one another waits for no GPU
             self.store = meet(self.rank, self.size)
             own = dict(store=self.store, rank=self.rank, world_size=self.size)
