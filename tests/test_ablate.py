@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY, command_line, environment, last_json, metrics
+from conftest import ROOT, TINY, command_line, environment, last_json, metrics, run_here
 
 from mini import ablate
 from mini.errors import UserError
@@ -114,7 +116,7 @@ def test_the_verdict_of_made_up_runs(tmp_path, monkeypatch):
     ablate.plot(spec, [], arms, tmp_path / "result.png")  # without curves
 
 
-def test_an_ablation_that_is_killed_goes_on(text_file, tmp_path, cache, command):
+def test_an_ablation_that_is_killed_goes_on(text_file, tmp_path, cache, command, monkeypatch):
     """It trains what is missing and nothing twice; an arm that is refused is reported; other specs are refused."""
     path, out = tmp_path / "spec.toml", tmp_path / "out"
     tiny = " ".join(map(str, [*TINY, "--data", text_file, "--eval_every", 0, "--sample_every", 0, "--log_every", 1]))
@@ -137,7 +139,7 @@ def test_an_ablation_that_is_killed_goes_on(text_file, tmp_path, cache, command)
     done = command("-m", "mini", "ablate", path, "--out", out, status=2)
     assert "is of another spec (tokens)" in done.stderr
     out = tmp_path / "again"
-    done = command("-m", "mini", "ablate", path, "--out", out, "--workers", 2, status=2)
+    done = command("-m", "mini", "ablate", path, "--out", out, "--workers", 3, status=2)
     assert "every run of c failed" in done.stderr
     result = last_json(done)
     assert {name: len(arm["values"]) for name, arm in result["arms"].items()} == {"a": 1, "b": 1, "c": 1}
@@ -147,6 +149,13 @@ def test_an_ablation_that_is_killed_goes_on(text_file, tmp_path, cache, command)
         run = out / "runs" / arm / "1"
         assert metrics(run)[-1]["step"] == 10  # 2,560 tokens in batches of 8 x 32
         assert result["arms"][arm]["values"] == [json.loads((run / "result.json").read_text())["val_bpb"]]
+
+    def begin(run: ablate.Run, threads: int) -> None:
+        done = run_here([Path(run.argv[1]).name, *run.argv[2:]], cache)
+        run.process = SimpleNamespace(poll=lambda: done.returncode, returncode=done.returncode)
+        run.log.write_text(done.stderr)
+
+    monkeypatch.setattr(ablate, "begin", begin)  # in this process: the others took long enough to start
     path.write_text(spec.replace("[1]", "[1, 2]"))
     before = (out / "runs" / "a" / "1" / "result.json").stat().st_mtime_ns
     more = last_json(command("-m", "mini", "ablate", path, "--out", out, "--workers", 2))

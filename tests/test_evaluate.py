@@ -36,7 +36,7 @@ def test_text_in_bits_per_byte(gpt, text_file, tmp_path, command):
     for begin in range(0, len(ids) - 1, T):
         window = ids[begin : begin + T + 1]
         logits = model(window[None, :-1])[0].log_softmax(-1)
-        total -= float(logits.gather(1, window[1:, None]).sum())
+        total -= logits.gather(1, window[1:, None]).sum().item()
     assert found["val_bpb"] == pytest.approx(total / math.log(2) / 4000, rel=1e-4)
     path.write_text(text_file.read_text()[:16000])
     more = judged(command, gpt, path)
@@ -115,7 +115,7 @@ def test_likelihoods_by_hand(gpt, bert):
         row = torch.tensor([tokenizer.eot, *before, *ids])
         logits = model(row[None, :-1])[0].log_softmax(-1)  # (T, V)
         expected = logits[torch.arange(len(row) - 1), row[1:]][-len(ids) :].sum()
-        assert score == pytest.approx(float(expected), rel=1e-4)
+        assert score == pytest.approx(expected.item(), rel=1e-4)
     model, tokenizer = load_run(bert)
     (score,) = likelihoods(model, tokenizer, [("A", " cat")], "", 3)
     ids, expected = [tokenizer.cls, *tokenizer.encode("A"), *tokenizer.encode(" cat"), tokenizer.sep], 0.0
