@@ -17,7 +17,7 @@ A spec (TOML) names the script, the flags of every arm, those of each arm, the s
     [sweep]                                    # values to try for all arms, or in [sweep.muon] for one
     lr = [1e-3, 3e-3]
 
-Every arm and seed is an ordinary run folder, OUT/runs/ARM/SEED.
+Every arm and seed is an ordinary run folder, OUT/runs/ARM/SEED. Where all of an arm fail, the exit status is 2.
 """
 
 import contextlib
@@ -211,12 +211,17 @@ def make_run(spec: Spec, script: Path, out: Path, arm: str, seed: int, setting: 
 
 
 def check_flags(spec: Spec, script: Path, out: Path, path: str) -> None:
-    """Reads all that will be given to train_gpt.py or train_bert.py as they would, before the first of them begins."""
+    """Reads what will be given to train_gpt.py or train_bert.py as they would, before the first of them begins.
+
+    Not what begins with another run, which may not be there yet.
+    """
     read = runpy.run_path(str(script)).get("read", lambda argv: None)  # each command of compress.py has its own way
     for arm in spec.arms:
         for setting in spec.settings(arm):
+            argv = make_run(spec, script, out, arm, spec.seeds[0], setting, False).argv[2:]
             try:
-                read(make_run(spec, script, out, arm, spec.seeds[0], setting, False).argv[2:])
+                if not any(word.partition("=")[0] == "--init" for word in argv):
+                    read(argv)
             except UserError as error:
                 raise UserError(f"{path}: arm {arm}: {error}") from None
 
@@ -465,8 +470,8 @@ def ablate(options: AblateOptions) -> None:
 
 
 def keep_spec(spec: Spec, out: Path) -> None:
-    """Writes the spec beside its runs, or checks that it is the same as there, but for seeds, arms without a run, and
-    where no sweep has chosen by it the figure."""
+    """Writes the spec beside its runs, or checks that it is the same as there, but for seeds, arms without a run and,
+    without a sweep, the figure."""
     path, mine = out / "spec.json", asdict(spec)
     if path.is_file():
         before = read_json(path)

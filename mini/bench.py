@@ -126,7 +126,7 @@ def presets_speed(options: BenchOptions, config: ModelConfig, world: World) -> d
         asked = replace(options, what=what)
         found = training_speed(asked, *random_task(asked, config), world)
         of = ("tokens_per_s", "mfu", "memory_mb")
-        figures |= {f"{name}_{what}": value for what, value in zip(of, found, strict=True)}
+        figures |= {f"{name}_{figure}": value for figure, value in zip(of, found, strict=True)}
         if options.profile:
             profile_training(asked, config, world, name)
     return figures
@@ -140,15 +140,15 @@ def profile_training(options: BenchOptions, config: ModelConfig, world: World, n
         training_speed(options, *random_task(options, config), world, steps=5)
     with atomic_file(out) as temporary:
         watched.export_chrome_trace(str(temporary))
-    calls, time = watched.key_averages(), "self_cpu_time_total"
+    calls, own = watched.key_averages(), "self_cpu_time_total"
     if world.on_gpu:  # its kernels alone: what calls them has their times too
-        time = "self_device_time_total"
+        own = "self_device_time_total"
         calls = [call for call in calls if call.device_type == DeviceType.CUDA and not call.is_user_annotation]
-    calls = sorted(calls, key=lambda call: -getattr(call, time))
-    total = sum(getattr(call, time) for call in calls)
+    calls = sorted(calls, key=lambda call: -getattr(call, own))
+    total = sum(getattr(call, own) for call in calls)
     world.say(f"{out}; of {total / 1e6:.3g} s in five steps and a judging, by themselves:")
     for call in calls[:10]:
-        spent = getattr(call, time)
+        spent = getattr(call, own)
         world.say(f"  {spent / total:6.1%} {spent / 1e3:10,.1f} ms  {call.count:7,} x {call.key[:80]}")
 
 

@@ -256,12 +256,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:  # a full disk, a folder that may not be written
-        folder = isinstance(error, FileExistsError | NotADirectoryError)
-        what = (
-            "a file is in the place of a folder"
-            if folder
-            else error.strerror or (error.args[0] if error.args else type(error).__name__)
-        )
+        what = error.strerror or (error.args[0] if error.args else type(error).__name__)
         message, status = f"error: {error.filename or 'the system'}: {what}", 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):

@@ -157,6 +157,12 @@ def muon_flops(model: Model) -> list[float]:
     return [float(sum(4 * min(s) ** 2 * max(s) + 34 * min(s) ** 3 for s in parts)) for parts in weights]
 
 
+def busiest(flops: list[float], turns: int, n: int) -> float:
+    """Of matrices that take turns and are dealt to n processes, as by Muon: what one with the most has of a step."""
+    due = [sorted((f for i, f in enumerate(flops) if (i + turn) % turns == 0), reverse=True) for turn in range(turns)]
+    return sum(max(sum(those[rank::n]) for rank in range(n)) for those in due) / turns
+
+
 def work(model: Model, o: PlanOptions, train: TrainConfig, optim: OptimConfig, predicted: float) -> dict[str, float]:
     """A GPU's FLOPs, bytes sent and seconds of a step.
 
@@ -168,8 +174,8 @@ def work(model: Model, o: PlanOptions, train: TrainConfig, optim: OptimConfig, p
     tokens, share = T * train.batch_size // n, 4 * (n - 1) / n  # of a step; bytes that are sent of a parameter
     forward = model.flops(T, predicted) * tokens
     backward = 2 * forward + model.stack.flops(T) * tokens * train.checkpoint_activations
-    matrices = muon_flops(model)
-    flops, own = forward + backward, max(sum(matrices) * turn / n, max(matrices) * (turn > 0))  # none is shared
+    flops = forward + backward
+    own = busiest(muon_flops(model), optim.turns, n) if turn else 0.0
     if train.shard:  # for each micro-batch all-gathers, of blocks twice, and reduce-scatter; matrices there and back
         low = 1 if o.dtype == "float32" else 0.5  # of the bytes, in gathering blocks
         gathered = 2 * P - sum(blocks) + 2 * low * sum(blocks)

@@ -160,6 +160,12 @@ def test_muon_s_arithmetic_is_what_pytorch_counts():
     assert counted.get_total_flops() == sum(plan.muon_flops(model))
 
 
+def test_matrices_are_dealt_to_processes():
+    assert plan.busiest([3.0, 1.0, 2.0, 5.0], turns=2, n=2) == (3 + 5) / 2  # by turns 3 and 2, 1 and 5
+    assert plan.busiest([3.0, 1.0, 2.0, 5.0], turns=10, n=1) == 11 / 10
+    assert plan.busiest([3.0, 1.0, 2.0, 5.0], turns=1, n=3) == 5 + 1
+
+
 def planned(command, *flags: object) -> dict:
     size = ["--preset", "gpt2", "--vocab_size", 5056, "--batch_size", 64, "--accumulation", 2]
     return last_json(command("-m", "mini", "plan", *size, *flags))
@@ -167,14 +173,15 @@ def planned(command, *flags: object) -> dict:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_many_gpus_and_one(command, optimizer):
-    own = ["--optimizer", optimizer, "--turns", 2]
+    own = ["--optimizer", optimizer, "--turns", 10]
     one, many = planned(command, *own), planned(command, *own, "--gpus", 8)
     parts = planned(command, *own, "--gpus", 8, "--shard", "true")
     exact = planned(command, *own, "--gpus", 8, "--shard", "true", "--dtype", "float32")
     P, blocks = one["parameters"], 12 * (12 * 768**2 + 13 * 768)
-    matrices = 12 * 12 * 768**2 / 2 if optimizer == "muon" else 0  # whose turn it is
+    matrices = 12 * 12 * 768**2 / 10 if optimizer == "muon" else 0  # whose turn it is
     assert one["bytes_sent"] == 0 and one["step_seconds"] == pytest.approx(one["arithmetic_seconds"])
-    assert many["flops"] == parts["flops"] == pytest.approx(one["flops"] / 8)
+    assert many["flops"] == parts["flops"]
+    assert one["flops"] / 8 <= many["flops"] * (1 + 1e-9) < one["flops"] / 8 * (1.02 if optimizer == "muon" else 1.001)
     assert many["bytes_sent"] == pytest.approx(7 / 8 * 4 * (2 * P + matrices))
     assert exact["bytes_sent"] == pytest.approx(7 / 8 * 4 * (2 * (2 * P + blocks) + 2 * matrices / 8))
     assert parts["bytes_sent"] == pytest.approx(7 / 8 * 4 * (2 * 2 * P + 2 * matrices / 8))  # blocks in bfloat16

@@ -28,7 +28,7 @@ class View:
     documents: Tensor | None = None  # (B, T): the number of a token's document, beyond which it does not look
     places: Tensor | None = None  # (B, 1): with a cache, the place of each row's one query
     masks: dict = field(default_factory=dict)  # of this pass, each made once
-    keeps: bool = True  # them; compiled, a block that is computed twice may change nothing outside
+    keeps: bool = True  # masks; a compiled block that is computed twice may change nothing outside
 
     def sees(self, t: Tensor, s: Tensor, length: int) -> Tensor:
         """Places of queries t (.., T) and keys s (.., S) in rows of a length -> (1 or B, .., T, S): whether t sees s.

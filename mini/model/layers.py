@@ -16,16 +16,23 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Its gain and bias may be of another dtype than what it normalises, as where shard.py gathers them in bfloat16."""
+    """Its gain and bias may be shorter than what it normalises, as where shard.py gathers them in bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps)
+        bias = None if self.bias is None else as_long(self.bias, x)
+        return F.layer_norm(x, self.normalized_shape, as_long(self.weight, x), bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
+    """So may this one's."""
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, as_long(self.weight, x), self.eps)
+
+
+def as_long(parameter: Tensor, x: Tensor) -> Tensor:
+    """In a dtype that holds both."""
+    return parameter.to(torch.promote_types(parameter.dtype, x.dtype))
 
 
 class Dropout(nn.Dropout):

@@ -70,11 +70,12 @@ class LSTM(nn.Module):
 
     @torch.compiler.disable  # compiled, its steps would be written out one by one
     def fused(self, x: Tensor) -> Tensor:
-        """The same in one call."""
+        """The same in one call, which autocast on a GPU would make float16, whatever its dtype."""
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            x = x.to(torch.get_autocast_dtype("cuda"))
         zeros = x.new_zeros(1, len(x), x.size(-1))
         bias = self.remember if self.read.bias is None else self.read.bias + self.remember
         weights = [w.to(x.dtype) for w in (self.read.weight, self.recur.weight, bias, torch.zeros_like(bias))]
-        # On a GPU autocast would make it float16, whatever is asked for.
         with torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext():
             return torch.lstm(x, (zeros, zeros), weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)[0]
 

@@ -1,4 +1,4 @@
-"""The loss of scores over a vocabulary, without ever holding all of them: no other tensor of a training is as large.
+"""The loss of scores over a vocabulary, without keeping all of them: no other tensor of a training is as large.
 
 Shapes: N tokens, C channels, V vocabulary, R rows of the head's matrix: V, or more by vocab_multiple.
 """
@@ -28,7 +28,7 @@ def capped(scores: Tensor, cap: float) -> Tensor:
 
 
 def rows_at_once(device: str) -> int:
-    """Tokens whose scores are there at one time; a GPU's kernels ask for many."""
+    """Tokens whose scores are there at one time; a GPU's kernels ask for more (not measured)."""
     return 2048 if device == "cuda" else 512
 
 
@@ -59,7 +59,7 @@ class LossInParts(torch.autograd.Function):
         """x (N, C), weight (R, C), bias (R,), targets (N,) -> the sum over all targets but IGNORE, ()."""
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        small = 8 if dtype == torch.float16 else 1  # keeps sums over rows within what float16 holds
+        small = 8 if dtype == torch.float16 else 1  # sums over 2,048 rows then stay in float16 if |x| < 256
         n = rows_at_once(x.device.type)
         W = weight.to(dtype)
         total = x.new_zeros((), dtype=torch.float32)

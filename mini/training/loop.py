@@ -126,7 +126,6 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         eval_every = -(-task.n // options.batch_size)  # each epoch
 
     keep_memory(not (options.shard and world.size > 1))
-    peak_memory(world.device)  # what came before does not count
     model.train()
     model.stack.checkpoint_activations = options.checkpoint_activations
     dtype = pick_dtype(options.dtype, world.device)
@@ -160,7 +159,7 @@ def train(model: nn.Module, task: Task, options: TrainConfig, optim: OptimConfig
         losses_of = DistributedDataParallel(losses_of, gradient_as_bucket_view=True, **buffers)
     counted = objective.fixed_shape and all(p.requires_grad for p in model.parameters())  # else a step does less
     speed = Speedometer(model, task.predicted if counted else 0, dtype, world, state)
-    peak_memory(world.device)  # nor does what measured that
+    peak_memory(world.device)  # what came before, such as a large matrix product, does not count
     writes = world.main or world.sharded  # whether this rank has something to write
 
     began = time.perf_counter() - state["seconds"]
@@ -302,7 +301,7 @@ def micro_batch_size(options: TrainConfig, world: World) -> int:
     parts = world.size * options.accumulation
     size, rest = divmod(options.batch_size, parts)
     if rest:
-        near = " or ".join(f"{n * parts:,}" for n in (size, size + 1) if n)
+        near = " or ".join(str(n * parts) for n in (size, size + 1) if n)
         cut = f"{world.size} ranks x {options.accumulation} parts"
         raise UserError(f"--batch_size {options.batch_size} cannot be cut into {cut}: give {near}")
     return size

@@ -38,10 +38,12 @@ class World:
         self.device = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         self.doing = "at the start"  # for messages
         if self.size > 1:
-            with contextlib.suppress(ValueError):
+            try:
                 self.silence = float(SILENCE)
-            if not BEAT < getattr(self, "silence", 0) < math.inf:
-                raise UserError(f"MINI_SILENCE={SILENCE}: expected seconds, more than {BEAT:g}")
+            except ValueError:
+                self.silence = math.nan
+            if not 3 * BEAT < self.silence < math.inf:
+                raise UserError(f"MINI_SILENCE={SILENCE}: expected seconds, more than {3 * BEAT:g}")
             backend = "cpu:gloo,cuda:nccl" if self.on_gpu else "gloo"  # what CPUs tell one another waits for no GPU
             self.store = meet(self.rank, self.size)
             own = dict(store=self.store, rank=self.rank, world_size=self.size)

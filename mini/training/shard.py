@@ -21,10 +21,12 @@ def shard(losses_of: nn.Module, blocks: nn.ModuleList, dtype: torch.dtype, world
     copies for autocast to keep.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
-    short = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module, policy in (dict.fromkeys(blocks, short) | {losses_of: MixedPrecisionPolicy()}).items():
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        if not world.on_gpu:  # where versions of PyTorch before 2.10 may take a sum for the mean
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(losses_of, mesh=mesh)
+    if not world.on_gpu:  # gloo's mean was a sum in some versions (github.com/pytorch/pytorch/issues/162338)
+        for module in (*blocks, losses_of):
             module.set_force_sum_reduction_for_comms(True)
     world.sharded = True
 

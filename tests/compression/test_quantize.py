@@ -97,6 +97,25 @@ def test_sums_of_whole_numbers_stay_within_float16(scheme):
     torch.testing.assert_close(product, torch.full((2, 8), 127.0 * 127 * 768), rtol=1e-3, atol=0)
 
 
+def test_gradients_of_float16_bear_the_scale_of_other_layers():
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(384, 384, bias=False)
+    torch.nn.init.normal_(plain.weight, std=0.05)
+    layers = [plain, int8.FakeQuantLinear(plain.weight, None, int8.DynamicInput(), [384])]
+    x = 2 * torch.randn(64, 384)
+
+    def largest(layer) -> int:
+        for power in range(30):
+            with torch.autocast("cpu", torch.float16):
+                inputs = x.clone().requires_grad_()
+                loss = layer(inputs).float().square().sum() * 2.0**power
+            if not all(g.isfinite().all() for g in torch.autograd.grad(loss, [inputs, plain.weight])):
+                break
+        return power
+
+    assert largest(layers[1]) >= largest(plain)
+
+
 def test_row_scales():
     weight = torch.tensor([[1.0, -254.0], [0.0, 0.0]])
     assert int8.row_scales(weight).flatten().tolist() == [2.0, 1.0]

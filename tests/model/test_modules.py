@@ -97,7 +97,7 @@ def test_with_a_cache_both_attentions_agree():
 
 # ---------------------------------------------------------------- units
 @pytest.mark.parametrize(
-    "kind, settings", [(GPT, dict(window=4)), (GPT, dict(window=32)), (Bert, dict(causal=False, mlm=True))]
+    "kind, settings", [(GPT, dict(window=100)), (GPT, dict(window=32)), (Bert, dict(causal=False, mlm=True))]
 )
 def test_compiled_and_recomputed_are_one_graph(kind, settings):
     """A recomputed block that changed something outside, such as a mask that all share, would not be compiled."""

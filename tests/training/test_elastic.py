@@ -93,14 +93,14 @@ def test_a_killed_rank_is_named_and_all_start_again(rank, sharded, start, whole,
 @pytest.mark.parametrize("sharded", ["false", pytest.param("true", marks=pytest.mark.faults)])
 def test_a_stopped_rank_is_noticed(sharded, start, tmp_path):
     """Its connection stays open, so that nothing breaks: it is its silence that is heard."""
-    first, stopped = start(1, signal.SIGSTOP, step=3, silence=5, more=("--shard", sharded))
+    first, stopped = start(1, signal.SIGSTOP, step=3, silence=8, more=("--shard", sharded))
     try:
         assert first.wait().returncode > 0
     finally:
         os.kill(stopped.process, signal.SIGKILL)
         stopped.wait()
     said = (tmp_path / "said-0").read_text()
-    assert "error: rank 1 was lost in step 3 (no sign of it for 5 s); the same command goes on\n" in said
+    assert "error: rank 1 was lost in step 3 (no sign of it for 8 s); the same command goes on\n" in said
 
 
 def test_no_two_ranks_share_a_gpu(monkeypatch):

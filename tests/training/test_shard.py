@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def test_sharded_with(options, text_file, tmp_path, command):
         command(*flags, "--shard", sharded, "--out", tmp_path / sharded, ranks=2)
     close = 1e-2 if "bfloat16" in options else 1e-4
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=close)
+
+
+def test_sharded_and_compiled(text_file, tmp_path, command, monkeypatch):
+    """By the part of the compiler that needs no threads, which forks of this process would not have."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    flags = ["train_gpt.py", "--data", text_file, *QUICK, "--steps", 8, "--checkpoint_activations", "true"]
+    for compiled in ("true", "false"):
+        done = command(*flags, "--shard", "true", "--compile", compiled, "--out", tmp_path / compiled, ranks=2)
+        assert "torch.compile does not work here" not in done.stdout + done.stderr
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
 
 
 def test_sharded_fine_tuning_keeps_the_best(labelled, bert, tmp_path, command):
