@@ -123,7 +123,7 @@ def test_likelihoods_by_hand(gpt, bert):
         masked = torch.tensor([ids])
         masked[0, place] = tokenizer.mask
         mlm, _ = model.predict(masked, torch.tensor([len(ids)]), torch.tensor([[place]]))
-        expected += float(mlm[0, 0].log_softmax(-1)[ids[place]])
+        expected += mlm[0, 0].log_softmax(-1)[ids[place]].item()
     assert score == pytest.approx(expected, rel=1e-4)
 
 
