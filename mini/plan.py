@@ -159,8 +159,8 @@ def muon_flops(model: Model) -> list[float]:
 
 def busiest(flops: list[float], turns: int, n: int) -> float:
     """Of matrices that take turns and are dealt to n processes, as by Muon: what one with the most has of a step."""
-    due = [sorted((f for i, f in enumerate(flops) if (i + turn) % turns == 0), reverse=True) for turn in range(turns)]
-    return sum(max(sum(those[rank::n]) for rank in range(n)) for those in due) / turns
+    due = [sorted(flops[i::turns], reverse=True) for i in range(min(turns, len(flops)))]
+    return sum(sum(those[::n]) for those in due) / turns  # who has the first has the most
 
 
 def work(model: Model, o: PlanOptions, train: TrainConfig, optim: OptimConfig, predicted: float) -> dict[str, float]:

@@ -11,12 +11,16 @@ from torch import nn
 
 from mini.training.ranks import World
 
+SLOW = 2e10  # FLOP/s
+
 
 @functools.cache  # once for a process, which may train several times
 def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 0) -> float:
     """FLOP/s of a large square matrix product on this very device: the peak that utilisation is held against."""
-    # Where a CPU has no float16 units, a large product would take minutes.
-    size = size or (8192 if device.type == "cuda" else 256 if dtype == torch.float16 else 2048)
+    # Large ones would take minutes where a CPU has no units for a dtype: there a small one says enough.
+    if not size and device.type == "cpu" and (speed := matmul_speed(device, dtype, 256)) < SLOW:
+        return speed
+    size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device, dtype=dtype)
     times = call_times(lambda: a @ a, 7, device)[2:]  # the first two warm up
     return 2 * size**3 / statistics.median(times)

@@ -19,7 +19,7 @@ from conftest import TINY, Forked, command_line, environment, last_json, lm_loss
 from mini import load_run
 from mini.errors import UserError
 from mini.tensors import load_tensors
-from mini.training import checkpoints, loop
+from mini.training import checkpoints, loop, speed
 from mini.training.checkpoints import newest_checkpoint
 from mini.training.loop import TrainConfig, is_better, rescaled
 from mini.training.ranks import World
@@ -207,6 +207,17 @@ def test_compiled_training_gives_the_same_losses(text_file, tmp_path, command):
         pytest.skip("no compiler")
     eager, compiled = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("eager", "compiled"))
     assert eager == pytest.approx(compiled, rel=1e-3)
+
+
+@pytest.mark.parametrize("seconds, products", [(1.0, 1), (1e-5, 2)])
+def test_no_large_product_where_a_small_one_is_slow(seconds, products, monkeypatch):
+    """As in bfloat16 on a processor without it, where it would take minutes."""
+    made = []
+    monkeypatch.setattr(speed, "call_times", lambda call, n, device: made.append(call) or [seconds] * n)
+    speed.matmul_speed.cache_clear()
+    found = speed.matmul_speed(torch.device("cpu"), torch.float32)
+    speed.matmul_speed.cache_clear()
+    assert len(made) == products and found == 2 * (256, 2048)[products - 1] ** 3 / seconds
 
 
 def test_float16_resumes_to_the_bit(text_file, tmp_path, command, monkeypatch):
