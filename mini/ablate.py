@@ -338,7 +338,20 @@ def choose(spec: Spec, script: Path, out: Path, workers: int) -> tuple[dict[str,
         has = f"{arm} has {show(chosen[arm])}, chosen" if found else f"{arm}: nothing chosen"
         by = spec.sweep_figure or spec.figure
         lines.append(f"{has} on seed {spec.sweep_seed}, which is not reported, by {by}: {all_of_them}")
+        if found and (edge := at_the_edge(chosen[arm], tried[arm])):
+            lines[-1] += f". At the edge of what was tried, beyond which may be better: {edge}"
     return chosen, lines
+
+
+def at_the_edge(chosen: dict[str, str], tried: list[dict[str, str]]) -> str:
+    """Of a setting the numbers that are the least or the largest of several."""
+    edges = {}
+    for name, value in chosen.items():
+        with contextlib.suppress(ValueError):  # not numbers
+            numbers = {float(setting[name]) for setting in tried}
+            if len(numbers) > 1 and float(value) in (min(numbers), max(numbers)):
+                edges[name] = value
+    return show(edges)
 
 
 def show(setting: dict[str, str]) -> str:

@@ -121,7 +121,7 @@ def judge_pairs(path: str, model: Model, tokenizer: Tokenizer, batch_size: int) 
     ]
     good, bad = scores
     right = np.where(good == bad, 0.5, good > bad)
-    return with_error("accuracy", right) | {"judged": len(rows), "unit": "minimal pairs"}
+    return with_error("accuracy", right) | {"chance": 0.5, "judged": len(rows), "unit": "minimal pairs"}
 
 
 def judge_choices(path: str, model: Model, tokenizer: Tokenizer, batch_size: int) -> dict:

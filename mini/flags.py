@@ -257,6 +257,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         raise SystemExit(141) from None
     except OSError as error:  # a full disk, a folder that may not be written
         what = error.strerror or (error.args[0] if error.args else type(error).__name__)
+        if isinstance(error, FileExistsError) and Path(error.filename or "").is_file():
+            what = "is a file, where a folder should be: name another"
         message, status = f"error: {error.filename or 'the system'}: {what}", 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):

@@ -95,6 +95,18 @@ def test_a_sweep_is_every_combination_and_may_be_of_one_arm(tmp_path):
                              "--out", str(tmp_path / "runs" / "b" / "7")]  # fmt: skip
 
 
+def test_a_best_value_at_the_edge_of_a_sweep_is_told(tmp_path, monkeypatch):
+    spec = read(tmp_path, SPEC + "[sweep]\nlr = [3e-3, 0.01, 1e-3]\nactivation = ['gelu', 'relu2']\nclip = [1]\n")
+    best = {"a": "0.01", "b": "0.003"}  # of which one has 0.001 and 0.01 around it
+    monkeypatch.setattr(ablate, "train_all", lambda runs, workers, spec: None)
+    monkeypatch.setattr(
+        ablate, "figure_of", lambda run, spec, name: float(f"lr={best[run.arm]}," not in str(run.folder))
+    )
+    chosen, (a, b) = ablate.choose(spec, tmp_path, tmp_path, 1)
+    assert {arm: setting["lr"] for arm, setting in chosen.items()} == best
+    assert a.endswith("may be better: --lr 0.01") and "edge" not in b
+
+
 def test_the_verdict_of_made_up_runs(tmp_path, monkeypatch):
     spec = read(tmp_path, SPEC.replace("[1, 2]", "[1, 2, 3, 4]") + 'c = ""\nd = ""\n')
     figures = {"a": [2.0, 2.1, 1.9, 2.0], "b": [1.5, 1.61, 1.4, 1.49], "c": [2.1, None, 1.8, 2.0], "d": [None] * 4}

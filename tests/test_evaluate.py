@@ -138,7 +138,7 @@ def test_minimal_pairs_and_choices(gpt, bert, tmp_path, command, monkeypatch):
 
     monkeypatch.setattr(evaluate, "likelihoods", made_up)
     found = judged(command, gpt, path)
-    assert found["accuracy"] == 0.5 and found["accuracy_se"] == pytest.approx(0.5 / math.sqrt(3))
+    assert found["accuracy"] == found["chance"] == 0.5 and found["accuracy_se"] == pytest.approx(0.5 / math.sqrt(3))
     choices = [{"context": "The cat", "choices": ["ae", "xxxxxxxxaaa"], "answer": 0},
                {"context": "The dog ran ", "choices": ["aexx", "axxa", "xxaxxx"], "answer": 2}]  # fmt: skip
     found = judged(command, gpt, lines(tmp_path / "c.jsonl", choices))

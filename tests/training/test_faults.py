@@ -68,6 +68,11 @@ def test_overwrite_refuses_where_a_foreign_file_lies_among_checkpoints(text_file
     assert load_run(run)
 
 
+def test_a_file_in_the_place_of_a_folder(text_file, command):
+    for out in (text_file, text_file / "deeper"):
+        refused(command("train_gpt.py", "--data", text_file, *QUICK, "--out", out, status=2), "is a file")
+
+
 def test_a_run_named_like_a_setting_is_overwritten(text_file, tmp_path, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
