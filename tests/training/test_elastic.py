@@ -156,10 +156,11 @@ def test_torchrun_goes_on_by_itself(way, text_file, cache, tmp_path, command):
             while run.poll() is None and lines(folder / "run" / "metrics.jsonl") < step:
                 time.sleep(0.01)
             time.sleep(0 if step else chance.uniform(0, usual))
+            one = pid(folder, rank)
             with contextlib.suppress(ProcessLookupError):  # it has come to its end by itself
-                if run.poll() is None:
-                    os.kill(pid(folder, rank), signal.SIGKILL)
-                    killed.append(pid(folder, rank))
+                if one and run.poll() is None:
+                    os.kill(one, signal.SIGKILL)
+                    killed.append(one)
         try:
             status = run.wait(300)
         except subprocess.TimeoutExpired:
